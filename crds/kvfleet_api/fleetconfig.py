@@ -1,0 +1,105 @@
+"""FleetConfig: what a router loads. Compiled from the four kinds (`compile.py`), written by the operator into a ConfigMap
+as JSON, or built in memory by `kvfleet router -f DIR` and `kvfleet router --workers URL,…`.
+
+Everything is resolved: no references, no defaults to look up, SI units.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Literal
+
+from pydantic import Field
+
+from kvfleet_api.common import Schema
+from kvfleet_api.cost import CostModel
+from kvfleet_api.fleetrouter import LimitsSpec
+from kvfleet_api.routingpolicy import AdmissionSpec, HeaderMatch, PrefixSpec, ResilienceSpec, TokenRange
+
+FLEET_CONFIG_KEY = "fleet.json"
+"""The key of the ConfigMap, and the file name."""
+
+
+class Endpoint(Schema):
+    """One worker's address. In a cluster these come from EndpointSlices; on a laptop they are listed in the pool."""
+
+    name: str
+    """Unique in the fleet: the pod's name, or host:port."""
+    url: str
+    """`http://host:port`, no path."""
+    kv_events_url: str | None = None
+    """`tcp://host:port` of the engine's KV-event publisher."""
+    kv_replay_url: str | None = None
+
+
+class PoolConfig(Schema):
+    name: str
+    namespace: str = "default"
+    model: str
+    """The name clients send."""
+    adapters: list[str] = []
+    role: Literal["Unified", "Prefill", "Decode"] = "Unified"
+    accelerator: str = ""
+    """Name of the AcceleratorProfile; empty: unknown."""
+    gpus_per_worker: int = 1
+    cost: CostModel
+    block_tokens: int = 16
+    max_context_tokens: int | None = None
+    service: str | None = None
+    """Headless Service whose EndpointSlices list the workers."""
+    port: int = 8000
+    kv_events_port: int | None = None
+    kv_replay_port: int | None = None
+    endpoints: list[Endpoint] = []
+    """Static workers, used instead of `service` when not empty."""
+    scales_to_zero: bool = False
+
+
+class WeightedPool(Schema):
+    name: str
+    weight: int = 100
+    tier: int = 0
+
+
+class PolicyConfig(Schema):
+    """One RoutingPolicy, resolved. The list in FleetConfig is ordered: the first that matches a request wins."""
+
+    name: str
+    namespace: str = "default"
+    generation: int = 0
+    models: list[str]
+    """Every model and adapter name it takes."""
+    headers: list[HeaderMatch] = []
+    context_tokens: TokenRange | None = None
+    priority: TokenRange | None = None
+    pools: list[WeightedPool]
+    strategy: str = "kvfleet"
+    ttft_slo_s: float = 1.0
+    itl_slo_s: float = 0.05
+    energy_mode: Literal["Off", "Prefer", "Strict"] = "Off"
+    energy_s_per_joule: float = 0.0002
+    max_watts: float | None = None
+    prefix: PrefixSpec = Field(default_factory=PrefixSpec)
+    admission: AdmissionSpec = Field(default_factory=AdmissionSpec)
+    resilience: ResilienceSpec = Field(default_factory=ResilienceSpec)
+
+
+class FleetConfig(Schema):
+    name: str = "local"
+    """The FleetRouter."""
+    namespace: str = "default"
+    pools: list[PoolConfig]
+    policies: list[PolicyConfig]
+    limits: LimitsSpec = Field(default_factory=LimitsSpec)
+    redis_url: str | None = None
+    drain_s: float = 120.0
+
+    def to_json(self) -> str:
+        """Canonical JSON: equal configurations give equal text."""
+        return json.dumps(self.model_dump(mode="json", by_alias=True), sort_keys=True, indent=1)
+
+    @property
+    def revision(self) -> str:
+        """12 hex digits naming this very configuration; routers report the one they serve with."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
