@@ -33,7 +33,10 @@ class TLSSpec(Schema):
 
 
 class RedisSpec(Schema):
-    url: Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^(redis|rediss|unix)://.+$", examples=["redis://redis:6379/0"])]
+    url: Annotated[
+        str,
+        Field(min_length=1, max_length=1024, pattern=r"^(redis|rediss|unix)://.+$", examples=["redis://redis:6379/0"]),
+    ]
     """Shared state between router replicas: loads within 10 ms, learned prefixes within 100 ms."""
 
 

@@ -37,7 +37,9 @@ class KVEventsSpec(Schema):
     @model_validator(mode="after")
     def _ports_differ(self) -> KVEventsSpec:
         if self.port == self.replay_port:
-            raise ValueError(f"replayPort must differ from port (both are {self.port}): give the replay socket a port of its own")
+            raise ValueError(
+                f"replayPort must differ from port (both are {self.port}): give the replay socket a port of its own"
+            )
         return self
 
 
@@ -48,7 +50,9 @@ class EnvVar(Schema):
 
 class EngineSpec(Schema):
     image: Annotated[str, Field(min_length=1, max_length=512)] = DEFAULT_ENGINE_IMAGE
-    args: Annotated[list[Annotated[str, Field(max_length=4096)]], Field(max_length=128, examples=[["--max-num-seqs", "256"]])] = []
+    args: Annotated[
+        list[Annotated[str, Field(max_length=4096)]], Field(max_length=128, examples=[["--max-num-seqs", "256"]])
+    ] = []
     """Further arguments of `vllm serve`; they win over the generated ones."""
     env: Annotated[list[EnvVar], Field(max_length=128)] = []
     kv_events: Annotated[KVEventsSpec, Field(default_factory=KVEventsSpec)]
@@ -129,7 +133,9 @@ class KVUsageSignal(Schema):
 
 
 class PrometheusSignal(Schema):
-    query: Annotated[str, Field(min_length=1, max_length=4096, examples=['sum(vllm:num_requests_running{model_name="llama-8b"})'])]
+    query: Annotated[
+        str, Field(min_length=1, max_length=4096, examples=['sum(vllm:num_requests_running{model_name="llama-8b"})'])
+    ]
     """PromQL that yields one number."""
     target_milli: Annotated[int, Field(ge=1, le=2**53, examples=[32000])]
     """The target in thousandths of the query's unit."""
@@ -212,7 +218,9 @@ class RolloutSpec(Schema):
     @model_validator(mode="after")
     def _can_progress(self) -> RolloutSpec:
         if self.max_surge == 0 and self.max_unavailable == 0:
-            raise ValueError("maxSurge and maxUnavailable must not both be 0: a rollout could never progress; set one to 1")
+            raise ValueError(
+                "maxSurge and maxUnavailable must not both be 0: a rollout could never progress; set one to 1"
+            )
         return self
 
 

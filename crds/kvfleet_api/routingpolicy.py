@@ -8,7 +8,9 @@ from pydantic import Field, model_validator
 
 from kvfleet_api.common import Condition, LenientSchema, ModelName, Name, Resource, Schema
 
-Strategy = Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[a-z][a-z0-9_]*$", examples=["kvfleet", "round_robin"])]
+Strategy = Annotated[
+    str, Field(min_length=1, max_length=63, pattern=r"^[a-z][a-z0-9_]*$", examples=["kvfleet", "round_robin"])
+]
 """`kvfleet`, or a baseline: round_robin, least_request, power_of_two, random, …"""
 
 

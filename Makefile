@@ -1,0 +1,48 @@
+# Needs python >= 3.11, make and git. Everything else is installed into .venv.
+SHELL := /bin/bash
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint verify generate bench e2e clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no python >= 3.11 found; install one or run: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+venv: $(VENV)/.installed ## virtual environment with everything the project needs
+
+demo: venv ## a fleet of simulated workers, a real trace, kvfleet beside round robin (ARGS='--json out.json')
+	$(BIN)/kvfleet demo $(ARGS)
+
+test: venv lint verify ## what CI runs: lint, types, import contracts, generated files, tests
+	$(BIN)/pytest -n 2 $(ARGS)
+
+lint: venv ## ruff, mypy --strict, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+verify: venv ## generated files equal what the code generates
+	$(BIN)/python scripts/generate.py --check
+
+generate: venv ## write the generated files
+	$(BIN)/python scripts/generate.py
+
+bench: venv ## what a request, a chunk and a decision cost
+	$(BIN)/python bench/dataplane.py $(ARGS)
+
+e2e: venv ## end to end on a real Kubernetes API (KUBECONFIG, kind, or the built-in control plane)
+	e2e/run.sh $(ARGS)
+
+clean: ## remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache out
