@@ -112,6 +112,10 @@ class Manifests:
     def source(self, resource: Resource) -> Source | None:
         return self.sources.get((resource.kind, resource.key))
 
+    def namespaces(self) -> list[str]:
+        """The namespaces of everything but cluster-scoped objects, sorted."""
+        return sorted({resource.metadata.namespace for resource in self.objects() if resource.metadata.namespace})
+
     def objects(self) -> Iterator[Resource]:
         yield from self.pools
         yield from self.policies

@@ -58,7 +58,7 @@ class Document:
 class _Loader(yaml.SafeLoader):
     """The safe loader with a depth limit, and with scalars resolved as kubectl does."""
 
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {  # noqa: RUF012 (PyYAML's own class attribute)
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("timestamp", "int")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
@@ -67,11 +67,8 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         self._depth += 1
         if self._depth > MAX_DEPTH:
-            raise YamlError(
-                f"nested more than {MAX_DEPTH} levels deep: flatten it",
-                self.peek_event().start_mark.line + 1,  # type: ignore[no-untyped-call]
-            )
-        node: yaml.Node | None = super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+            raise YamlError(f"nested more than {MAX_DEPTH} levels deep: flatten it", _line(parent) if parent else None)
+        node = super().compose_node(parent, index)
         self._depth -= 1
         return node
 
@@ -90,13 +87,15 @@ def read_documents(text: bytes | str) -> Iterator[Document]:
     try:
         loader = _Loader(text)
         index = 0
-        while loader.check_node():  # type: ignore[no-untyped-call]
+        while loader.check_node():
             index += 1
             if index > MAX_DOCUMENTS:
                 raise YamlError(f"more than {MAX_DOCUMENTS} documents: split the file")
-            node = loader.get_node()  # type: ignore[no-untyped-call]
+            node = loader.get_node()
+            if node is None:
+                break
             _check_nodes(node, {}, set())
-            value = loader.construct_document(node)  # type: ignore[no-untyped-call]
+            value = loader.construct_document(node)
             if value is not None:
                 yield Document(value, index, node)
     except yaml.MarkedYAMLError as error:
