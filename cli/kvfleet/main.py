@@ -1,0 +1,382 @@
+"""The command line: one function a command, each a thin shell around a package. Heavy imports stay inside the commands.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage or wrong manifests, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from kvfleet import __version__
+
+if TYPE_CHECKING:
+    from kvfleet_api.fleetconfig import FleetConfig
+    from kvfleet_api.manifests import Manifests
+
+app = typer.Typer(
+    name="kvfleet",
+    help="Fleets of LLM inference workers on Kubernetes: least time to first token, least energy, no lost request.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+Files = Annotated[
+    list[Path],
+    typer.Option("-f", "--filename", help="Manifest file or directory; repeat for several. `-`: standard input."),
+]
+
+
+class UsageError(Exception):
+    """Wrong input; the message says what and what to do."""
+
+
+def main() -> None:
+    """Entry point of the command `kvfleet`."""
+    try:
+        app()
+    except UsageError as error:
+        Console(stderr=True, highlight=False).print(f"[red]error:[/red] {_escaped(str(error))}", soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"kvfleet {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def quickstart_directory() -> Path:
+    """`examples/quickstart`: beside the sources of a checkout, else as installed with the package."""
+    here = Path(__file__).parent
+    return next((d for d in (here / "_examples", here.parents[1] / "examples") if d.is_dir()), here) / "quickstart"
+
+
+@app.command()
+def demo(
+    directory: Annotated[Path | None, typer.Option("-f", "--filename", help="Manifests of the fleet.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Trace to replay (Mooncake, LMCache or Azure format).")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=100_000, help="Requests of the trace to replay.")] = 400,
+    policy: Annotated[
+        list[str] | None, typer.Option(help="Policies to compare, in order. Default: round_robin, kvfleet.")
+    ] = None,
+    speed: Annotated[float, typer.Option(min=0.1, max=100, help="Seconds of the trace per real second.")] = 4.0,
+    json: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    logs: Annotated[Path | None, typer.Option(help="Keep the processes' logs in this directory.")] = None,
+) -> None:
+    """A fleet on this machine, a real trace, two policies, one table. No Kubernetes, no GPU.
+
+    The workers are simulated vLLM servers with the speed and power of the accelerators in the manifests; the router is
+    the real one. Takes about a minute and leaves no process behind.
+
+    Examples: `kvfleet demo` · `kvfleet demo --json out.json` · `kvfleet demo -f my-fleet/ --trace trace.jsonl --policy least_request --policy kvfleet`
+    """
+    from kvfleet import demo as demo_module
+    from kvfleet.local import LocalFleetError
+    from kvfleet_api.manifests import with_bundled
+    from kvfleet_sim.traces import TraceError, read_trace
+
+    console = Console()
+    directory = directory or quickstart_directory()
+    trace = trace or directory.parent / "traces" / "mooncake_synthetic_400.jsonl"
+    policies = policy or ["round_robin", "kvfleet"]
+    _check_strategies(policies)
+    if json is not None and not json.parent.is_dir():
+        raise UsageError(f"--json {json}: {json.parent} is not a directory: create it or choose another place")
+    manifests = _load([directory])
+    objects = _render(manifests)
+    if not manifests.routers:
+        raise UsageError(f"{directory}: no FleetRouter among the manifests: add one (kind: FleetRouter)")
+    try:
+        rows = read_trace(trace, limit=limit)
+    except TraceError as error:
+        raise UsageError(str(error)) from error
+    model = manifests.pools[0].spec.model.name
+    span_s = rows[-1].arrival_s - rows[0].arrival_s
+    console.print(
+        f"[bold]{len(rows)} requests[/bold] of {trace.name} ({span_s:.0f} s, here {speed:g}x faster) against the fleet of {directory}"
+    )
+    try:
+        results = asyncio.run(
+            demo_module.run_policies(
+                objects,
+                with_bundled(manifests.profiles),
+                rows,
+                model=model,
+                policies=policies,
+                speed=speed,
+                console=console,
+                keep_logs=logs,
+            )
+        )
+    except LocalFleetError as error:
+        raise UsageError(str(error)) from error
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
+    demo_module.print_results(results, console)
+    if json is not None:
+        demo_module.write_json(results, json, trace=trace.name, speed=speed)
+    failed = [outcome for result in results for outcome in result.outcomes if not outcome.ok]
+    if failed:
+        console.print(f"[red]{len(failed)} requests failed[/red], the first: {_escaped(failed[0].error)}")
+        raise typer.Exit(1)
+
+
+@app.command()
+def router(
+    filename: Annotated[
+        list[Path] | None, typer.Option("-f", "--filename", help="Manifests: file or directory.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="Compiled FleetConfig (JSON), reloaded when it changes.")] = None,
+    workers: Annotated[
+        list[str] | None,
+        typer.Option(help="Workers: `URL,URL,…` without manifests; `POOL=URL,URL` (repeat) with -f."),
+    ] = None,
+    strategy: Annotated[str | None, typer.Option(help="Policy; with -f it replaces every policy's strategy.")] = None,
+    kubernetes: Annotated[bool, typer.Option(help="Watch the workers' EndpointSlices (inside a cluster).")] = False,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "0.0.0.0",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port for clients.")] = 8080,
+    admin_host: Annotated[str | None, typer.Option(help="Address of the admin port. Default: --host.")] = None,
+    admin_port: Annotated[int, typer.Option(min=0, max=65535, help="Port of /metrics, /healthz, /decisions.")] = 9090,
+    speed: Annotated[float, typer.Option(min=0.01, max=1000, help="For workers run with --speed.")] = 1.0,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+) -> None:
+    """Serve the OpenAI API in front of a fleet of vLLM workers.
+
+    The fleet comes from manifests (-f), from a compiled FleetConfig (--config), or is just a list of workers.
+
+    Examples: `kvfleet router --port 8080 --workers http://10.0.0.1:8000,http://10.0.0.2:8000` · `kvfleet router -f manifests/ --workers my-pool=http://10.0.0.1:8000` · `kvfleet router --workers http://127.0.0.1:8000 --strategy least_request`
+    """
+    import logging
+
+    from kvfleet_router.app import run_router
+
+    from kvfleet import fleet
+    from kvfleet_api.compile import static_fleet
+
+    if log_level.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+        raise UsageError(f"--log-level {log_level}: use debug, info, warning or error")
+    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if filename and config is not None:
+        raise UsageError("-f and --config exclude each other: the FleetConfig is compiled from the manifests")
+    if not filename and config is None and not workers:
+        raise UsageError("no fleet: give -f MANIFESTS, --config FILE or --workers URL,URL,…")
+    try:
+        if filename:
+            fleet_config = fleet.with_workers(_compile(_load(filename)), workers or [])
+        elif config is not None:
+            fleet_config = _read_config(config)
+        else:
+            fleet_config = static_fleet(
+                [url.strip() for entry in workers or [] for url in entry.split(",") if url.strip()]
+            )
+    except ValueError as error:
+        raise UsageError(f"--workers {error}") from error
+    if strategy is not None:
+        fleet_config = fleet.with_strategy(fleet_config, strategy)
+    _check_strategies([policy.strategy for policy in fleet_config.policies])
+    code = run_router(
+        fleet_config,
+        host=host,
+        port=port,
+        admin_host=admin_host or host,
+        admin_port=admin_port,
+        speed=speed,
+        config_path=config,
+        kubernetes=kubernetes,
+    )
+    raise typer.Exit(code)
+
+
+@app.command(context_settings=PASS_THROUGH)
+def worker(context: typer.Context) -> None:
+    """A simulated vLLM server: vLLM's HTTP API, metrics and KV events, with an accelerator's speed and power.
+
+    Takes the arguments of `vllm serve`, and --profile, --speed, --seed. `kvfleet worker --help` lists them.
+
+    Example: `kvfleet worker meta-llama/Llama-3.1-8B-Instruct --served-model-name llama-8b --port 8000 --profile nvidia-h100-80gb`
+    """
+    from kvfleet_sim.server import main as serve
+
+    raise typer.Exit(serve(context.args))
+
+
+@app.command()
+def operator(
+    namespace: Annotated[
+        list[str] | None, typer.Option("-n", "--namespace", help="Namespace to watch; repeat. Default: all.")
+    ] = None,
+    metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="Port of /metrics, /healthz, /readyz.")] = 8081,
+    lease_name: Annotated[str, typer.Option(help="Lease that one replica holds at a time.")] = "kvfleet-operator",
+    lease_namespace: Annotated[str | None, typer.Option(help="Default: the pod's own, else `default`.")] = None,
+    resync_seconds: Annotated[float, typer.Option(min=1, help="Every object is looked at again this often.")] = 300.0,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+) -> None:
+    """Reconcile ModelPools, RoutingPolicies, FleetRouters and AcceleratorProfiles in a cluster.
+
+    Examples: `kvfleet operator` · `kvfleet operator -n inference --resync-seconds 60`
+    """
+    from kvfleet_operator.main import run_operator
+
+    raise typer.Exit(
+        run_operator(
+            namespaces=namespace or [],
+            metrics_port=metrics_port,
+            lease_name=lease_name,
+            lease_namespace=lease_namespace,
+            resync_seconds=resync_seconds,
+            log_level=log_level,
+        )
+    )
+
+
+@app.command()
+def render(filename: Files) -> None:
+    """Print exactly the objects the operator would apply for these manifests. Needs no cluster.
+
+    Examples: `kvfleet render -f examples/quickstart` · `kvfleet render -f my-fleet/ | kubectl diff -f -`
+    """
+    import yaml
+
+    for obj in _render(_load(filename)):
+        typer.echo("---\n" + yaml.safe_dump(obj, sort_keys=False, width=120), nl=False)
+
+
+@app.command()
+def crds(
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Write one file per kind to this directory.")
+    ] = None,
+) -> None:
+    """Print the CustomResourceDefinitions.
+
+    Examples: `kvfleet crds | kubectl apply --server-side -f -` · `kvfleet crds -o crds/`
+    """
+    from kvfleet_api.schema import all_crds, write
+
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        write(output)
+        return
+    import yaml
+
+    for crd in all_crds():
+        typer.echo("---\n" + yaml.safe_dump(crd, sort_keys=False, width=120), nl=False)
+
+
+@app.command()
+def explain(
+    decision: Annotated[
+        str | None, typer.Argument(help="Decision id (header x-kvfleet-decision). Default: the latest.")
+    ] = None,
+    url: Annotated[str, typer.Option(help="Admin address of the router.")] = "http://127.0.0.1:9090",
+    limit: Annotated[int, typer.Option("-n", min=1, max=100, help="How many of the latest.")] = 1,
+) -> None:
+    """Why did this request go there? Candidates, what each would have cost, prediction and outcome.
+
+    Examples: `kvfleet explain` · `kvfleet explain -n 5` · `kvfleet explain 1f3a-27 --url http://router:9090`
+    """
+    import httpx
+
+    from kvfleet.explain import explain_decision
+
+    path = f"/decisions/{decision}" if decision else f"/decisions?limit={limit}"
+    try:
+        answer = httpx.get(url.rstrip("/") + path, timeout=10.0)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise UsageError(f"--url {url}: {error}: give the router's admin address (default port 9090)") from error
+    if answer.status_code == 404:
+        raise UsageError(
+            f"{decision}: no such decision: only the latest are kept; list them with `kvfleet explain -n 20`"
+        )
+    if answer.status_code != 200:
+        raise UsageError(f"{url}{path} answered {answer.status_code}: is this a router's admin port?")
+    body = answer.json()
+    console = Console()
+    decisions = [body] if decision else body["decisions"]
+    if not decisions:
+        console.print("No decisions yet: send a request first.")
+    for item in decisions:
+        console.print(explain_decision(item))
+
+
+def _load(paths: list[Path]) -> Manifests:
+    from kvfleet_api.manifests import ManifestError, load
+
+    try:
+        return load(paths)
+    except ManifestError as error:
+        raise UsageError(str(error)) from error
+
+
+def _render(manifests: Manifests) -> list[dict[str, Any]]:
+    """Objects as the operator would apply; what does not resolve is an error here, where no later apply can heal it."""
+    from kvfleet_operator.render import render as render_objects
+
+    _compile(manifests)
+    return render_objects(manifests)
+
+
+def _compile(manifests: Manifests) -> FleetConfig:
+    from kvfleet.fleet import FleetError, compile_manifests, warnings
+
+    try:
+        config = compile_manifests(manifests)
+    except FleetError as error:
+        raise UsageError(str(error)) from error
+    for line in warnings(manifests):
+        Console(stderr=True, highlight=False).print(f"[yellow]warning:[/yellow] {_escaped(line)}", soft_wrap=True)
+    return config
+
+
+def _read_config(path: Path) -> FleetConfig:
+    from pydantic import ValidationError
+
+    from kvfleet_api.fleetconfig import FleetConfig
+
+    try:
+        return FleetConfig.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror}: give the path of a compiled FleetConfig") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"]))
+        raise UsageError(f"--config {path}: {field}: {first['msg']}: write it with the operator's version") from error
+
+
+def _check_strategies(names: list[str]) -> None:
+    from kvfleet_router.policies import REGISTRY
+
+    for name in names:
+        if name not in REGISTRY:
+            raise UsageError(f"strategy {name!r} is not known: use one of {', '.join(sorted(REGISTRY))}")
+
+
+if __name__ == "__main__":
+    main()
