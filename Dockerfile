@@ -1,0 +1,32 @@
+# The one image of kvfleet: operator, router and command line. Two stages: pip and the sources stay in the first.
+#
+#   docker build -t ghcr.io/kvfleet/kvfleet:dev .
+#
+# Another base (a mirror, or the tag with its digest): --build-arg PYTHON_IMAGE=…
+ARG PYTHON_IMAGE=python:3.13.13-slim-bookworm
+
+FROM ${PYTHON_IMAGE} AS build
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
+WORKDIR /src
+COPY constraints.txt pyproject.toml README.md LICENSE ./
+COPY crds/ crds/
+COPY operator/ operator/
+COPY router/ router/
+COPY sim/ sim/
+COPY cli/ cli/
+COPY examples/ examples/
+# --without-pip and --only-binary: no installer in the image, no compiler run for it.
+RUN pip wheel --no-deps --wheel-dir /dist . \
+    && python -m venv --without-pip /opt/kvfleet \
+    && pip --python /opt/kvfleet/bin/python install --only-binary=:all: --constraint constraints.txt /dist/*.whl
+
+FROM ${PYTHON_IMAGE}
+LABEL org.opencontainers.image.title="kvfleet" \
+      org.opencontainers.image.description="Operator and router for fleets of LLM inference workers" \
+      org.opencontainers.image.licenses="Apache-2.0"
+COPY --from=build /opt/kvfleet /opt/kvfleet
+# USER and HOME: the uid has no passwd entry (platforms may assign another), and kopf asks for the user's name.
+ENV PATH=/opt/kvfleet/bin:$PATH USER=kvfleet HOME=/tmp PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+USER 65532:65532
+WORKDIR /tmp
+ENTRYPOINT ["kvfleet"]

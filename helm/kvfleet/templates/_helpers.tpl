@@ -1,0 +1,103 @@
+{{/* Names. The prefix leaves room for the longest suffix within the 63 characters of a label value. */}}
+{{- define "kvfleet.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 40 | trimSuffix "-" -}}
+{{- end -}}
+
+{{- define "kvfleet.fullname" -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride | trunc 54 | trimSuffix "-" -}}
+{{- else -}}
+{{- $name := include "kvfleet.name" . -}}
+{{- if contains $name .Release.Name -}}
+{{- .Release.Name | trunc 54 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name $name | trunc 54 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "kvfleet.operatorName" -}}
+{{- printf "%s-operator" (include "kvfleet.fullname" .) -}}
+{{- end -}}
+
+{{/* Cluster-scoped objects carry the namespace too: releases of one name in two namespaces must not collide. */}}
+{{- define "kvfleet.clusterName" -}}
+{{- printf "%s-%s" (include "kvfleet.fullname" .) .Release.Namespace -}}
+{{- end -}}
+
+{{- define "kvfleet.serviceAccountName" -}}
+{{- if .Values.serviceAccount.create -}}
+{{- default (include "kvfleet.operatorName" .) .Values.serviceAccount.name -}}
+{{- else -}}
+{{- default "default" .Values.serviceAccount.name -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "kvfleet.routerName" -}}
+{{- default (include "kvfleet.fullname" .) .Values.router.name -}}
+{{- end -}}
+
+{{- define "kvfleet.routerNamespace" -}}
+{{- $namespace := default .Release.Namespace .Values.router.namespace -}}
+{{- if and .Values.watchNamespaces (not (has $namespace .Values.watchNamespaces)) -}}
+{{- fail (printf "router.enabled: the FleetRouter's namespace %q is not in watchNamespaces %s, so no operator would serve it: add it there, or set router.namespace to one of them" $namespace (toJson .Values.watchNamespaces)) -}}
+{{- end -}}
+{{- $namespace -}}
+{{- end -}}
+
+{{/* Labels. Selector labels never change in the life of a release. */}}
+{{- define "kvfleet.chartLabel" -}}
+{{- printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" -}}
+{{- end -}}
+
+{{- define "kvfleet.labels" -}}
+{{- merge (include "kvfleet.ownLabels" . | fromYaml) .Values.commonLabels | toYaml -}}
+{{- end -}}
+
+{{- define "kvfleet.ownLabels" -}}
+helm.sh/chart: {{ include "kvfleet.chartLabel" . }}
+app.kubernetes.io/name: {{ include "kvfleet.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/part-of: kvfleet
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+{{- end -}}
+
+{{- define "kvfleet.operatorSelectorLabels" -}}
+app.kubernetes.io/name: {{ include "kvfleet.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/component: operator
+{{- end -}}
+
+{{- define "kvfleet.operatorLabels" -}}
+{{ include "kvfleet.labels" . }}
+app.kubernetes.io/component: operator
+{{- end -}}
+
+{{- define "kvfleet.image" -}}
+{{- $image := .Values.image -}}
+{{- $repository := ternary (printf "%s/%s" $image.registry $image.repository) $image.repository (ne $image.registry "") -}}
+{{- if $image.digest -}}
+{{- printf "%s@%s" $repository $image.digest -}}
+{{- else -}}
+{{- printf "%s:%s" $repository (default .Chart.AppVersion $image.tag) -}}
+{{- end -}}
+{{- end -}}
+
+{{/*
+Annotations of a custom resource whose CRD this same release may bring; argument: dict "root" $ "kind" KIND.
+
+Helm resolves every kind of a release before it creates the first object, so a custom resource cannot stand beside its
+new CRD. Where the cluster does not know the kind yet, the object is therefore a post-install hook, and carries the
+marks of Helm's ownership by which the next upgrade adopts it as an ordinary object of the release.
+*/}}
+{{- define "kvfleet.customResourceAnnotations" -}}
+{{- if not (.root.Capabilities.APIVersions.Has (printf "kvfleet.io/v1alpha1/%s" .kind)) }}
+helm.sh/hook: post-install,post-upgrade
+meta.helm.sh/release-name: {{ .root.Release.Name }}
+meta.helm.sh/release-namespace: {{ .root.Release.Namespace }}
+{{- end }}
+{{- if .root.Values.crds.keep }}
+helm.sh/resource-policy: keep
+{{- end }}
+{{- end -}}
