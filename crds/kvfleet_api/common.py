@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasGenerator, BaseModel, ConfigDict, Field
+from pydantic import AliasGenerator, BaseModel, ConfigDict, Field, GetJsonSchemaHandler
 from pydantic.alias_generators import to_camel
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
+
+from kvfleet_api.constraints import UniqueBy, rules_of
 
 DNS_LABEL = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 Name = Annotated[str, Field(min_length=1, max_length=63, pattern=DNS_LABEL)]
 """An object's name: lower-case letters, digits and dashes (RFC 1123 label)."""
 ModelName = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:@+-]*$")]
 """The name clients put in `model`: letters, digits and `._/:@+-`."""
+
+
+Timestamp = Annotated[str, Field(max_length=64, json_schema_extra={"format": "date-time"})]
+"""A point in time (RFC 3339)."""
+ShortText = Annotated[str, Field(max_length=1024)]
+"""A line of text."""
 
 
 class Schema(BaseModel):
@@ -25,6 +35,14 @@ class Schema(BaseModel):
         use_attribute_docstrings=True,
         protected_namespaces=(),
     )
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        json_schema = handler.resolve_ref_schema(handler(schema))
+        rules = [rule.kubernetes_validation() for rule in rules_of(cls)]
+        if rules:
+            json_schema["x-kubernetes-validations"] = rules
+        return json_schema
 
 
 class LenientSchema(Schema):
@@ -43,7 +61,7 @@ class OwnerReference(LenientSchema):
 class ObjectMeta(LenientSchema):
     """The part of Kubernetes' metadata that kvfleet reads."""
 
-    name: Annotated[str, Field(min_length=1, max_length=253)]
+    name: Name
     namespace: str | None = None
     uid: str | None = None
     generation: int | None = None
@@ -66,8 +84,13 @@ class Condition(LenientSchema):
     """A sentence for people: what is the case and, where something is wrong, what to do."""
     observed_generation: Annotated[int, Field(ge=0)] | None = None
     """The object's generation that this condition speaks about."""
-    last_transition_time: str | None = None
+    last_transition_time: Timestamp | None = None
     """When `status` last changed (RFC 3339)."""
+
+
+Conditions = Annotated[list[Condition], UniqueBy("type"), Field(max_length=32)]
+"""An object's conditions, one of each type."""
+Annotations = Annotated[dict[str, Annotated[str, Field(max_length=16384)]], Field(max_length=64)]
 
 
 class Resource(LenientSchema):

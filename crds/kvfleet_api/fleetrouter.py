@@ -6,20 +6,26 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from kvfleet_api.common import Condition, LenientSchema, Name, PodTemplate, Resource, Schema
+from kvfleet_api.common import Annotations, Conditions, LenientSchema, Name, PodTemplate, Resource, Schema, ShortText
+from kvfleet_api.constraints import rule
 
 DEFAULT_ROUTER_IMAGE = "ghcr.io/kvfleet/kvfleet:0.1.0"
 
 
 class ServiceSpec(Schema):
     type: Literal["ClusterIP", "NodePort", "LoadBalancer"] = "ClusterIP"
-    port: Annotated[int, Field(ge=1, le=65535)] = 80
-    annotations: dict[str, str] = {}
+    """How the router is reached, as in a Kubernetes Service."""
+    port: Annotated[int, Field(ge=1, le=65535, examples=[80])] = 80
+    """Port clients connect to."""
+    annotations: Annotations = {}
+    """Annotations of the Service, for load balancers that want some."""
 
 
 class SecretKeyRef(Schema):
     name: Name
-    key: Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[-._a-zA-Z0-9]+$")]
+    """Name of the Secret, in the same namespace."""
+    key: Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[-._a-zA-Z0-9]+$", examples=["keys"])]
+    """Key inside it."""
 
 
 class AuthSpec(Schema):
@@ -44,22 +50,32 @@ class LimitsSpec(Schema):
     max_body_bytes: Annotated[int, Field(ge=1024, le=1_073_741_824)] = 33_554_432
     """Largest request body; more gets 413."""
     max_header_bytes: Annotated[int, Field(ge=1024, le=1_048_576)] = 65_536
+    """Largest request head; more gets 431."""
     max_connections: Annotated[int, Field(ge=1, le=1_000_000)] = 16_384
+    """Client connections a router process holds."""
 
 
 class FleetRouterSpec(Schema):
-    replicas: Annotated[int, Field(ge=0, le=1000)] = 2
+    replicas: Annotated[int, Field(ge=0, le=1000, examples=[2])] = 2
+    """Router pods."""
     processes: Annotated[int, Field(ge=1, le=64)] = 1
     """Router processes per pod, sharing one port."""
     image: Annotated[str, Field(min_length=1, max_length=512)] = DEFAULT_ROUTER_IMAGE
+    """Container image of the router."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8080
+    """Port of the OpenAI API inside the pod."""
     admin_port: Annotated[int, Field(ge=1, le=65535)] = 9090
     """Port of /metrics, /healthz, /readyz and decisions."""
     service: Annotated[ServiceSpec, Field(default_factory=ServiceSpec)]
+    """The Service in front of the router."""
     auth: Annotated[AuthSpec, Field(default_factory=AuthSpec)]
+    """Who may send requests."""
     tls: TLSSpec | None = None
+    """Serve HTTPS. Default: HTTP."""
     redis: RedisSpec | None = None
+    """State shared between replicas. Default: every replica decides alone."""
     limits: Annotated[LimitsSpec, Field(default_factory=LimitsSpec)]
+    """Bounds on what a client may send."""
     drain_seconds: Annotated[int, Field(ge=0, le=86400)] = 120
     """How long a leaving router may finish its streams."""
     resources: dict[str, Any] | None = None
@@ -67,17 +83,30 @@ class FleetRouterSpec(Schema):
     pod_template: PodTemplate | None = None
     """Partial PodTemplateSpec merged over the generated one (containers by name: `router`)."""
 
+    @rule(
+        cel="self.port != self.adminPort",
+        message="adminPort must differ from port (both are {port}): give the admin endpoints a port of their own",
+        field="adminPort",
+    )
+    def _ports_differ(self) -> bool:
+        return self.port != self.admin_port
+
 
 class FleetRouterStatus(LenientSchema):
     observed_generation: int | None = None
+    """The generation of the spec that this status speaks about."""
     replicas: int | None = None
+    """Router pods that exist."""
     ready_replicas: int | None = None
-    selector: str | None = None
-    revision: str | None = None
+    """Router pods that answer their readiness probe."""
+    selector: ShortText | None = None
+    """Label selector of the pods, for the scale subresource."""
+    revision: ShortText | None = None
     """The compiled configuration last written."""
-    address: str | None = None
+    address: ShortText | None = None
     """Where clients reach the router inside the cluster."""
-    conditions: list[Condition] = []
+    conditions: Conditions = []
+    """Ready."""
 
 
 class FleetRouter(Resource):

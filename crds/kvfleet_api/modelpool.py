@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue
 
-from kvfleet_api.common import Condition, LenientSchema, ModelName, Name, PodTemplate, Resource, Schema
+from kvfleet_api.common import (
+    Conditions,
+    LenientSchema,
+    ModelName,
+    Name,
+    PodTemplate,
+    Resource,
+    Schema,
+    ShortText,
+    Timestamp,
+)
+from kvfleet_api.constraints import UniqueBy, rule
 
 DEFAULT_ENGINE_IMAGE = "vllm/vllm-openai:v0.32.0"
 
 
+NAME_IS_FINAL: Final[dict[str, JsonValue]] = {
+    "rule": "self == oldSelf",
+    "message": "model.name cannot be changed, or a rollout would answer to two names: create a second ModelPool and delete this one",
+}
+"""A transition rule: only the API server knows the old object, so it has no twin here."""
+
+
 class ModelSpec(Schema):
-    name: Annotated[ModelName, Field(examples=["llama-8b"])]
+    name: Annotated[
+        ModelName, Field(examples=["llama-8b"], json_schema_extra={"x-kubernetes-validations": [NAME_IS_FINAL]})
+    ]
     """The name clients send in `model`. Several pools may serve one name: the router chooses among them."""
     uri: Annotated[str, Field(max_length=1024, examples=["meta-llama/Llama-3.1-8B-Instruct"])] = ""
     """What the engine loads: a Hugging Face repository or a path inside the container. Empty: `name`."""
-    revision: Annotated[str, Field(max_length=128)] = ""
+    revision: Annotated[str, Field(max_length=128, examples=["main"])] = ""
     """Branch, tag or commit of the repository."""
     parameters_millions: Annotated[int, Field(ge=1, le=10_000_000, examples=[8030])] | None = None
     """Size of the model. Used for time and energy where the AcceleratorProfile has no row for it; default: read from the name (`-8B`)."""
@@ -32,30 +52,39 @@ class KVEventsSpec(Schema):
     enabled: bool = True
     """Have the engine publish what its prefix cache stores and evicts (ZMQ); the router then knows instead of guessing."""
     port: Annotated[int, Field(ge=1, le=65535)] = 5557
+    """Port the engine publishes on."""
     replay_port: Annotated[int, Field(ge=1, le=65535)] = 5558
+    """Port on which missed events can be asked for again."""
 
-    @model_validator(mode="after")
-    def _ports_differ(self) -> KVEventsSpec:
-        if self.port == self.replay_port:
-            raise ValueError(
-                f"replayPort must differ from port (both are {self.port}): give the replay socket a port of its own"
-            )
-        return self
+    @rule(
+        cel="self.port != self.replayPort",
+        message="replayPort must differ from port (both are {port}): give the replay socket a port of its own",
+        field="replayPort",
+    )
+    def _ports_differ(self) -> bool:
+        return self.port != self.replay_port
 
 
 class EnvVar(Schema):
-    name: Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[-._a-zA-Z][-._a-zA-Z0-9]*$")]
+    name: Annotated[
+        str, Field(min_length=1, max_length=253, pattern=r"^[-._a-zA-Z][-._a-zA-Z0-9]*$", examples=["HF_HOME"])
+    ]
+    """Name of the environment variable."""
     value: Annotated[str, Field(max_length=32768)] = ""
+    """Its value. Secrets belong into `podTemplate`, as `valueFrom`."""
 
 
 class EngineSpec(Schema):
     image: Annotated[str, Field(min_length=1, max_length=512)] = DEFAULT_ENGINE_IMAGE
+    """Container image of the engine."""
     args: Annotated[
         list[Annotated[str, Field(max_length=4096)]], Field(max_length=128, examples=[["--max-num-seqs", "256"]])
     ] = []
     """Further arguments of `vllm serve`; they win over the generated ones."""
-    env: Annotated[list[EnvVar], Field(max_length=128)] = []
+    env: Annotated[list[EnvVar], UniqueBy("name"), Field(max_length=128)] = []
+    """Environment variables of the engine."""
     kv_events: Annotated[KVEventsSpec, Field(default_factory=KVEventsSpec)]
+    """How the engine tells what its prefix cache holds."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     """HTTP port of the engine."""
     block_tokens: Annotated[int, Field(ge=1, le=1024)] = 16
@@ -63,11 +92,13 @@ class EngineSpec(Schema):
     startup_seconds: Annotated[int, Field(ge=10, le=86400)] = 1800
     """How long the engine may take to load the model before it is restarted."""
 
-    @model_validator(mode="after")
-    def _port_is_free(self) -> EngineSpec:
-        if self.kv_events.enabled and self.port in (self.kv_events.port, self.kv_events.replay_port):
-            raise ValueError(f"port {self.port} is also a kvEvents port: choose another")
-        return self
+    @rule(
+        cel="!self.kvEvents.enabled || (self.port != self.kvEvents.port && self.port != self.kvEvents.replayPort)",
+        message="port ({port}) is also a kvEvents port: choose another",
+        field="port",
+    )
+    def _port_is_free(self) -> bool:
+        return not self.kv_events.enabled or self.port not in (self.kv_events.port, self.kv_events.replay_port)
 
 
 class AcceleratorRef(Schema):
@@ -79,37 +110,42 @@ class AcceleratorRef(Schema):
 
 class ParallelismSpec(Schema):
     tensor: Annotated[int, Field(ge=1, le=64)] = 1
+    """Devices a layer is split over (vLLM: --tensor-parallel-size)."""
     pipeline: Annotated[int, Field(ge=1, le=64)] = 1
+    """Stages the layers are split into (vLLM: --pipeline-parallel-size)."""
     nodes: Annotated[int, Field(ge=1, le=64)] = 1
     """Pods that together make one worker; above 1 the pool becomes a LeaderWorkerSet."""
 
-    @model_validator(mode="after")
-    def _splits_evenly(self) -> ParallelismSpec:
-        if (self.tensor * self.pipeline) % self.nodes:
-            raise ValueError(
-                f"tensor x pipeline ({self.tensor * self.pipeline}) must be a multiple of nodes ({self.nodes}): change one of the three"
-            )
-        return self
+    @rule(
+        cel="(self.tensor * self.pipeline) % self.nodes == 0",
+        message="tensor ({tensor}) x pipeline ({pipeline}) must be a multiple of nodes ({nodes}): change one of the three",
+        field="nodes",
+    )
+    def _splits_evenly(self) -> bool:
+        return (self.tensor * self.pipeline) % self.nodes == 0
 
 
 class ScalingSignal(Schema):
     """What to scale on. Exactly one of `concurrency`, `queueDepth`, `timeToFirstToken`, `kvUsage`, `prometheus`."""
 
     concurrency: ConcurrencySignal | None = None
+    """Requests in flight per replica."""
     queue_depth: QueueSignal | None = None
+    """Requests waiting at the router."""
     time_to_first_token: TTFTSignal | None = None
+    """Predicted time to first token against its objective."""
     kv_usage: KVUsageSignal | None = None
+    """Use of the KV cache."""
     prometheus: PrometheusSignal | None = None
+    """The result of a PromQL query."""
 
-    @model_validator(mode="after")
-    def _exactly_one(self) -> ScalingSignal:
-        set_fields = [name for name in type(self).model_fields if getattr(self, name) is not None]
-        if len(set_fields) != 1:
-            raise ValueError(
-                "set exactly one of concurrency, queueDepth, timeToFirstToken, kvUsage, prometheus "
-                f"(found {len(set_fields)}): one list entry per signal"
-            )
-        return self
+    @rule(
+        cel="[has(self.concurrency), has(self.queueDepth), has(self.timeToFirstToken), has(self.kvUsage), "
+        "has(self.prometheus)].filter(present, present).size() == 1",
+        message="set exactly one of concurrency, queueDepth, timeToFirstToken, kvUsage, prometheus: one list entry per signal",
+    )
+    def _exactly_one(self) -> bool:
+        return sum(getattr(self, name) is not None for name in type(self).model_fields) == 1
 
 
 class ConcurrencySignal(Schema):
@@ -148,20 +184,27 @@ ScalingSignal.model_rebuild()
 
 class ScalingPolicy(Schema):
     type: Literal["Pods", "Percent"]
-    value: Annotated[int, Field(ge=1, le=100_000)]
+    """Whether `value` counts replicas or percent of them."""
+    value: Annotated[int, Field(ge=1, le=100_000, examples=[2])]
+    """Largest change within a period."""
     period_seconds: Annotated[int, Field(ge=1, le=1800)] = 60
+    """Length of the period."""
 
 
 class ScalingRules(Schema):
     stabilization_window_seconds: Annotated[int, Field(ge=0, le=3600)] | None = None
     """Scale-down default 300, scale-up default 0, as HorizontalPodAutoscaler."""
     select_policy: Literal["Max", "Min", "Disabled"] = "Max"
+    """Which policy counts: the one that allows the largest change, the smallest, or no change in this direction."""
     policies: Annotated[list[ScalingPolicy], Field(max_length=16)] = []
+    """Bounds on the rate of change. Empty: HorizontalPodAutoscaler's defaults."""
 
 
 class ScalingBehavior(Schema):
     scale_up: ScalingRules | None = None
+    """How fast replicas may be added."""
     scale_down: ScalingRules | None = None
+    """How fast replicas may be removed."""
 
 
 class ScaleToZeroSpec(Schema):
@@ -170,40 +213,53 @@ class ScaleToZeroSpec(Schema):
 
 
 class ScheduleEntry(Schema):
-    start: Annotated[str, Field(max_length=128, examples=["0 8 * * 1-5"])]
+    start: Annotated[str, Field(min_length=9, max_length=128, examples=["0 8 * * 1-5"])]
     """Cron expression (minute hour day month weekday) at which the entry begins."""
-    time_zone: Annotated[str, Field(max_length=64)] = "UTC"
-    duration_minutes: Annotated[int, Field(ge=1, le=10080)]
+    time_zone: Annotated[str, Field(min_length=1, max_length=64, examples=["Europe/Berlin"])] = "UTC"
+    """IANA time zone of `start`."""
+    duration_minutes: Annotated[int, Field(ge=1, le=10080, examples=[600])]
+    """How long the entry lasts."""
     min_replicas: Annotated[int, Field(ge=0, le=10_000)]
     """Lower bound while the entry lasts."""
 
 
 class AutoscalingSpec(Schema):
     min_replicas: Annotated[int, Field(ge=0, le=10_000)] = 1
-    max_replicas: Annotated[int, Field(ge=1, le=10_000)]
+    """Fewest workers. 0 lets the pool go to zero."""
+    max_replicas: Annotated[int, Field(ge=1, le=10_000, examples=[8])]
+    """Most workers."""
     signals: Annotated[list[ScalingSignal], Field(max_length=16)] = []
     """Empty: concurrency and predicted time to first token. The largest wish wins."""
     tolerance_percent: Annotated[int, Field(ge=0, le=100)] = 10
+    """Deviations from the target within this share change nothing."""
     behavior: Annotated[ScalingBehavior, Field(default_factory=ScalingBehavior)]
+    """Stabilisation and rates, with HorizontalPodAutoscaler's words and meaning."""
     scale_to_zero: ScaleToZeroSpec | None = None
+    """When an idle pool goes to zero."""
     schedule: Annotated[list[ScheduleEntry], Field(max_length=32)] = []
+    """Lower bounds by the clock."""
 
-    @model_validator(mode="after")
-    def _consistent(self) -> AutoscalingSpec:
-        if self.min_replicas > self.max_replicas:
-            raise ValueError(
-                f"minReplicas ({self.min_replicas}) must not exceed maxReplicas ({self.max_replicas}): "
-                "lower minReplicas or raise maxReplicas"
-            )
-        if self.scale_to_zero is not None and self.min_replicas != 0:
-            raise ValueError("scaleToZero needs minReplicas: 0")
-        return self
+    @rule(
+        cel="self.minReplicas <= self.maxReplicas",
+        message="minReplicas ({minReplicas}) must not exceed maxReplicas ({maxReplicas}): lower minReplicas or raise maxReplicas",
+        field="minReplicas",
+    )
+    def _min_below_max(self) -> bool:
+        return self.min_replicas <= self.max_replicas
+
+    @rule(
+        cel="!has(self.scaleToZero) || self.minReplicas == 0",
+        message="scaleToZero needs minReplicas 0 (it is {minReplicas}): set it to 0 or remove scaleToZero",
+        field="minReplicas",
+    )
+    def _zero_allowed(self) -> bool:
+        return self.scale_to_zero is None or self.min_replicas == 0
 
 
 class AdapterSpec(Schema):
     name: Annotated[ModelName, Field(examples=["llama-8b-sql"])]
     """The name clients send in `model` to get this LoRA adapter."""
-    uri: Annotated[str, Field(min_length=1, max_length=1024)]
+    uri: Annotated[str, Field(min_length=1, max_length=1024, examples=["my-org/llama-8b-sql-lora"])]
     """Path or repository the engine loads it from."""
 
 
@@ -215,37 +271,44 @@ class RolloutSpec(Schema):
     drain_seconds: Annotated[int, Field(ge=0, le=86400)] = 120
     """How long a leaving worker may finish its streams."""
 
-    @model_validator(mode="after")
-    def _can_progress(self) -> RolloutSpec:
-        if self.max_surge == 0 and self.max_unavailable == 0:
-            raise ValueError(
-                "maxSurge and maxUnavailable must not both be 0: a rollout could never progress; set one to 1"
-            )
-        return self
+    @rule(
+        cel="self.maxSurge > 0 || self.maxUnavailable > 0",
+        message="maxSurge and maxUnavailable must not both be 0, a rollout could never progress: set one to 1",
+        field="maxSurge",
+    )
+    def _can_progress(self) -> bool:
+        return self.max_surge > 0 or self.max_unavailable > 0
 
 
 class ModelPoolSpec(Schema):
     model: ModelSpec
+    """The model the workers serve."""
     engine: Annotated[EngineSpec, Field(default_factory=EngineSpec)]
+    """How vLLM runs."""
     role: Literal["Unified", "Prefill", "Decode"] = "Unified"
     """Unified workers do both phases; Prefill and Decode pools of one model work in pairs."""
     accelerator: AcceleratorRef
+    """What the workers run on."""
     parallelism: Annotated[ParallelismSpec, Field(default_factory=ParallelismSpec)]
-    replicas: Annotated[int, Field(ge=0, le=10_000)] | None = None
-    """Workers wanted, where `autoscaling` is not set. Default 1."""
+    """How one worker is spread over devices and nodes."""
+    replicas: Annotated[int, Field(ge=0, le=10_000)] | None = 1
+    """Workers wanted, where `autoscaling` is not set."""
     autoscaling: AutoscalingSpec | None = None
-    adapters: Annotated[list[AdapterSpec], Field(max_length=256)] = []
+    """Let the operator choose the number of workers."""
+    adapters: Annotated[list[AdapterSpec], UniqueBy("name"), Field(max_length=256)] = []
     """LoRA adapters every worker of the pool serves."""
     rollout: Annotated[RolloutSpec, Field(default_factory=RolloutSpec)]
+    """How workers are replaced."""
     pod_template: PodTemplate | None = None
     """Partial PodTemplateSpec merged over the generated one (containers by name: `engine`)."""
 
-    @model_validator(mode="after")
-    def _consistent(self) -> ModelPoolSpec:
-        names = [self.model.name, *(adapter.name for adapter in self.adapters)]
-        if len(set(names)) != len(names):
-            raise ValueError("adapters: every name must be unique and differ from model.name: rename the repeated one")
-        return self
+    @rule(
+        cel="!has(self.adapters) || self.adapters.all(adapter, adapter.name != self.model.name)",
+        message="an adapter must not have the name of the model: rename the adapter",
+        field="adapters",
+    )
+    def _adapters_differ_from_model(self) -> bool:
+        return all(adapter.name != self.model.name for adapter in self.adapters)
 
     @property
     def devices_per_pod(self) -> int:
@@ -256,25 +319,33 @@ class ModelPoolSpec(Schema):
 
 class AutoscalingStatus(LenientSchema):
     desired_replicas: int | None = None
-    binding_signal: str | None = None
+    """What the autoscaler wants."""
+    binding_signal: ShortText | None = None
     """The signal that decided, with its value and target."""
-    last_scale_time: str | None = None
-    held_back_by: str | None = None
+    last_scale_time: Timestamp | None = None
+    """When it last changed the number of workers."""
+    held_back_by: ShortText | None = None
     """What keeps the pool from its raw wish: stabilisation, a rate policy, a budget, missing data."""
 
 
 class ModelPoolStatus(LenientSchema):
     observed_generation: int | None = None
+    """The generation of the spec that this status speaks about."""
+    desired_replicas: int | None = None
+    """Workers wanted: `spec.replicas`, or the autoscaler's decision."""
     replicas: int | None = None
     """Workers that exist."""
     ready_replicas: int | None = None
     """Workers that answer their readiness probe."""
     updated_replicas: int | None = None
-    selector: str | None = None
+    """Workers of the current template."""
+    selector: ShortText | None = None
     """Label selector of the workers, for the scale subresource."""
-    conditions: list[Condition] = []
+    conditions: Conditions = []
+    """Ready, and what it rests on."""
     autoscaling: AutoscalingStatus | None = None
-    adapters: list[str] = []
+    """What the autoscaler last decided."""
+    adapters: Annotated[list[ModelName], UniqueBy(), Field(max_length=256)] = []
     """Adapters loaded on every ready worker."""
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
 
 Loc = tuple[str | int, ...]
 
@@ -136,16 +135,16 @@ def field_names(model: type[BaseModel], path: Sequence[str | int]) -> list[str]:
         if isinstance(part, int):
             continue
         field = next((f for name, f in current.model_fields.items() if part in (f.alias, name)), None)
-        current = _model_of(field)
+        current = model_in(field.annotation) if field else None
     return [field.alias or name for name, field in current.model_fields.items()] if current else []
 
 
-def _model_of(field: FieldInfo | None) -> type[BaseModel] | None:
-    """The model inside a field's annotation: `X`, `X | None`, `list[X]`."""
-    pending: list[Any] = [field.annotation] if field else []
+def model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model inside an annotation: `X`, `X | None`, `list[X]`."""
+    pending = [annotation]
     while pending:
-        annotation = pending.pop()
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            return annotation
-        pending.extend(get_args(annotation))
+        candidate = pending.pop()
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+        pending.extend(get_args(candidate))
     return None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from kvfleet_api.common import Condition, LenientSchema, ModelName, Name, Resource, Schema
+from kvfleet_api.common import Conditions, LenientSchema, ModelName, Name, Resource, Schema, ShortText
+from kvfleet_api.constraints import UniqueBy, rule
 
 Strategy = Annotated[
     str, Field(min_length=1, max_length=63, pattern=r"^[a-z][a-z0-9_]*$", examples=["kvfleet", "round_robin"])
@@ -15,29 +16,36 @@ Strategy = Annotated[
 
 
 class HeaderMatch(Schema):
-    name: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9!#$%&'*+.^_|~-]+$")]
-    value: Annotated[str, Field(max_length=1024)]
+    name: Annotated[
+        str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9!#$%&'*+.^_|~-]+$", examples=["x-tenant"])
+    ]
+    """Header name; case is ignored."""
+    value: Annotated[str, Field(max_length=1024, examples=["batch"])]
     """Exact value."""
 
 
 class TokenRange(Schema):
     min: Annotated[int, Field(ge=0, le=16_777_216)] = 0
+    """Inclusive."""
     max: Annotated[int, Field(ge=1, le=16_777_216)] | None = None
     """Inclusive; none: no upper bound."""
 
-    @model_validator(mode="after")
-    def _ordered(self) -> TokenRange:
-        if self.max is not None and self.min > self.max:
-            raise ValueError(f"min ({self.min}) must not exceed max ({self.max}): swap them or widen the range")
-        return self
+    @rule(
+        cel="!has(self.max) || self.min <= self.max",
+        message="min ({min}) must not exceed max ({max}): swap them or widen the range",
+        field="min",
+    )
+    def _ordered(self) -> bool:
+        return self.max is None or self.min <= self.max
 
 
 class MatchSpec(Schema):
     """All that is set must match; an empty match takes every request for the pools' models."""
 
-    models: Annotated[list[ModelName], Field(max_length=256)] = []
+    models: Annotated[list[ModelName], UniqueBy(), Field(max_length=256, examples=[["llama-8b"]])] = []
     """Model or adapter names; empty: the models of the policy's pools."""
-    headers: Annotated[list[HeaderMatch], Field(max_length=16)] = []
+    headers: Annotated[list[HeaderMatch], UniqueBy("name"), Field(max_length=16)] = []
+    """Headers the request must carry."""
     context_tokens: TokenRange | None = None
     """Estimated prompt tokens."""
     priority: TokenRange | None = None
@@ -65,7 +73,7 @@ class EnergySpec(Schema):
     """`Off`: latency alone. `Prefer`: fewest joules among the workers that meet the SLO. `Strict`: also refuse what exceeds maxWatts."""
     microseconds_per_joule: Annotated[int, Field(ge=0, le=1_000_000)] = 200
     """Price of a joule in microseconds of latency (mode Prefer and Strict)."""
-    max_watts: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
+    max_watts: Annotated[int, Field(ge=1, le=100_000_000, examples=[20000])] | None = None
     """Power budget of the policy's pools."""
 
 
@@ -84,12 +92,14 @@ class AdmissionSpec(Schema):
     max_queue: Annotated[int, Field(ge=0, le=1_000_000)] = 1024
     """Requests that may wait at the router; further ones get 429 with Retry-After."""
     queue_timeout_seconds: Annotated[int, Field(ge=1, le=3600)] = 60
+    """How long a request may wait there; then it gets 503 with Retry-After."""
 
 
 class ResilienceSpec(Schema):
     retries: Annotated[int, Field(ge=0, le=10)] = 2
     """Tries on other workers before the first byte of the answer."""
     connect_timeout_milliseconds: Annotated[int, Field(ge=1, le=600_000)] = 2000
+    """How long a worker may take to accept a connection."""
     timeout_seconds: Annotated[int, Field(ge=1, le=86400)] = 600
     """Longest wait for the first byte of an answer, and between two of its bytes."""
     resume: bool = False
@@ -98,37 +108,39 @@ class ResilienceSpec(Schema):
 
 class RoutingPolicySpec(Schema):
     match: Annotated[MatchSpec, Field(default_factory=MatchSpec)]
-    pools: Annotated[list[PoolRef], Field(min_length=1, max_length=64)]
+    """Which requests the policy is for."""
+    pools: Annotated[list[PoolRef], UniqueBy("name"), Field(min_length=1, max_length=64)]
+    """Where they may go."""
     strategy: Strategy = "kvfleet"
+    """How a worker is chosen: `kvfleet`, or a baseline: round_robin, least_request, power_of_two, random, …"""
     priority: Annotated[int, Field(ge=-1000, le=1000)] = 0
     """Where several policies match a request, the highest wins; then the more specific match; then the older object."""
     slo: Annotated[SLOSpec, Field(default_factory=SLOSpec)]
+    """The latency to be met."""
     energy: Annotated[EnergySpec, Field(default_factory=EnergySpec)]
+    """Whether and how joules count."""
     prefix: Annotated[PrefixSpec, Field(default_factory=PrefixSpec)]
+    """Use of the engines' prefix caches."""
     admission: Annotated[AdmissionSpec, Field(default_factory=AdmissionSpec)]
+    """How many requests may run and wait."""
     resilience: Annotated[ResilienceSpec, Field(default_factory=ResilienceSpec)]
-
-    @model_validator(mode="after")
-    def _pools_once(self) -> RoutingPolicySpec:
-        names = [pool.name for pool in self.pools]
-        repeated = sorted({name for name in names if names.count(name) > 1})
-        if repeated:
-            raise ValueError(f"pools: {', '.join(repeated)} named more than once: keep one entry per pool")
-        return self
+    """What happens when a worker fails or is slow."""
 
 
 class ProgrammedRouter(LenientSchema):
-    pod: str
+    pod: ShortText
     """The router replica."""
-    revision: str
+    revision: ShortText
     """The configuration it serves with."""
 
 
 class RoutingPolicyStatus(LenientSchema):
     observed_generation: int | None = None
-    conditions: list[Condition] = []
-    """Accepted, ResolvedRefs, Conflicted, Programmed, Ready."""
-    programmed_by: list[ProgrammedRouter] = []
+    """The generation of the spec that this status speaks about."""
+    conditions: Conditions = []
+    """Ready, Accepted, ResolvedRefs, Conflicted, Programmed."""
+    programmed_by: Annotated[list[ProgrammedRouter], UniqueBy("pod"), Field(max_length=1000)] = []
+    """Router replicas that serve with this policy."""
 
 
 class RoutingPolicy(Resource):
