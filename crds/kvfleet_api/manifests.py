@@ -266,6 +266,17 @@ def _key(value: dict[str, Any], kind: str, namespace: str) -> str:
     return name if kind in CLUSTER_SCOPED else f"{metadata.get('namespace') or namespace}/{name}"
 
 
+_FREE_FORM = frozenset({"podTemplate", "resources"})
+
+
+def _without_nulls(value: Any) -> Any:
+    """`value` without keys that hold null, which mean absent to the API server; free-form fields stay as they are."""
+    if isinstance(value, dict):
+        kept = {key: part for key, part in value.items() if part is not None}
+        return {key: part if key in _FREE_FORM else _without_nulls(part) for key, part in kept.items()}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
+
+
 def _validated(
     model: type[Resource], value: dict[str, Any], namespace: str
 ) -> tuple[Resource | None, list[FieldProblem]]:
@@ -276,6 +287,7 @@ def _validated(
         if key not in _TOP_LEVEL
     ]
     body = {key: part for key, part in value.items() if key != "status" and key in _TOP_LEVEL}
+    body = _without_nulls(body)
     metadata = body.get("metadata")
     if isinstance(metadata, dict):
         problems += [

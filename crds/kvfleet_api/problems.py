@@ -100,7 +100,7 @@ _SENTENCES: dict[str, Callable[[Any, Any], str]] = {
     "model_attributes_type": _type("a mapping of fields"),
     "greater_than_equal": _bound("at least", "ge"),
     "less_than_equal": _bound("at most", "le"),
-    "string_pattern_mismatch": lambda context, value: f"{_shown(value)} does not match {context['pattern']}: rename it",
+    "string_pattern_mismatch": lambda context, value: f"{_shown(value)} does not match {context['pattern']}: change it",
     "string_too_short": lambda context, value: f"must have at least {context['min_length']} character(s)",
     "string_too_long": lambda context, value: f"must have at most {context['max_length']} characters; shorten it",
     "too_short": lambda context, value: (

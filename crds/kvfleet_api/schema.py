@@ -64,6 +64,7 @@ class _Lowering:
         """Lower `schema`; `inside` are the definitions being inlined around it."""
         schema, inside = self._inlined(schema, path, inside)
         out: Json = {}
+        example = None
         for keyword, value in schema.items():
             if keyword in _COPIED:
                 out[keyword] = value
@@ -75,10 +76,14 @@ class _Lowering:
                 out["items"] = self.lower(value, f"{path}[]", inside)
             elif keyword == "additionalProperties":
                 self._additional(out, value, path, inside)
+            elif keyword == "examples":
+                example = value[0]
             elif keyword not in _DROPPED:
                 raise LoweringError(
                     path, f"keyword {keyword!r} is not known to the lowering: teach it, or change the model"
                 )
+        if example is not None:
+            out["description"] = f"{out.get('description', '')} Example: `{_flow(example)}`".lstrip()
         return _completed(out, path)
 
     def _inlined(self, schema: Json, path: str, inside: tuple[str, ...]) -> tuple[Json, tuple[str, ...]]:
@@ -142,14 +147,13 @@ def _default(out: Json, value: Any) -> None:
         out["default"] = value
 
 
-def _example(out: Json, value: list[Any]) -> None:
-    shown = value[0] if isinstance(value[0], str) else yaml.safe_dump(value[0], default_flow_style=True).split("\n")[0]
-    out["description"] = f"{out['description']} Example: `{shown}`" if "description" in out else f"Example: `{shown}`"
+def _flow(value: Any) -> str:
+    """A value as one line of YAML."""
+    return value if isinstance(value, str) else str(yaml.safe_dump(value, default_flow_style=True)).split("\n")[0]
 
 
 _REWRITTEN: Final[dict[str, Callable[[Json, Any], None]]] = {
     "default": _default,
-    "examples": _example,
     "const": lambda out, value: out.__setitem__("enum", [value]),
 }
 
