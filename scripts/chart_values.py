@@ -25,6 +25,11 @@ TYPES: tuple[tuple[type, str], ...] = (
     (list, "array"),
     (dict, "object"),
 )
+KEPT = (
+    *("type", "description", "enum", "pattern", "required"),
+    *("minimum", "maximum", "minLength", "maxLength", "minItems", "maxItems", "maxProperties"),
+)
+"""Keywords that mean the same in a CRD's schema and in draft 7."""
 SpecSchema = Callable[[str], dict[str, Any]]
 
 
@@ -132,12 +137,7 @@ def _type_of(value: Value) -> str:
 
 def closed_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
     """A CRD's structural schema as JSON schema that refuses fields the CRD does not have."""
-    kept = {
-        key: schema[key]
-        for key in ("type", "description", "enum", "pattern", "required")
-        + ("minimum", "maximum", "minLength", "maxLength", "minItems", "maxItems", "maxProperties")
-        if key in schema
-    }
+    kept = {key: schema[key] for key in KEPT if key in schema}
     if schema.get("x-kubernetes-int-or-string"):
         kept["type"] = ["integer", "string"]
     if "items" in schema:

@@ -69,9 +69,9 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 app.kubernetes.io/component: operator
 {{- end -}}
 
-{{- define "kvfleet.operatorLabels" -}}
-{{ include "kvfleet.labels" . }}
-app.kubernetes.io/component: operator
+{{/* Labels with a component; argument: list $ COMPONENT. */}}
+{{- define "kvfleet.componentLabels" -}}
+{{- merge (dict "app.kubernetes.io/component" (index . 1)) (include "kvfleet.labels" (index . 0) | fromYaml) | toYaml -}}
 {{- end -}}
 
 {{- define "kvfleet.image" -}}
