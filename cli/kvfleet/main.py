@@ -284,10 +284,8 @@ def crds(
         output.mkdir(parents=True, exist_ok=True)
         write(output)
         return
-    import yaml
-
-    for crd in all_crds():
-        typer.echo("---\n" + yaml.safe_dump(crd, sort_keys=False, width=120), nl=False)
+    for text in all_crds().values():
+        typer.echo("---\n" + text, nl=False)
 
 
 @app.command()
