@@ -1,0 +1,201 @@
+"""The children of a FleetRouter, one function each. All carry the router's own name."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from kvfleet_api.fleetconfig import FLEET_CONFIG_KEY, FleetConfig
+from kvfleet_api.fleetrouter import FleetRouter
+from kvfleet_operator.reconcile import names, podtemplate
+from kvfleet_operator.reconcile.plan import Manifest
+
+CONTAINER: Final = "router"
+CONFIG_PATH: Final = "/etc/kvfleet"
+TLS_PATH: Final = "/etc/kvfleet-tls"
+KEYS_PATH: Final = "/etc/kvfleet-keys"
+CONFIG_MAP_VARIABLE: Final = "KVFLEET_CONFIG_MAP"
+"""Environment variable of the router: the ConfigMap it watches, as `namespace/name`."""
+SETTLE_S: Final = 5
+"""Seconds a leaving router serves on so that load balancers have dropped its endpoint."""
+TEARDOWN_S: Final = 10
+USER_ID: Final = 65532
+
+
+def labels(router: FleetRouter) -> dict[str, str]:
+    """Labels of every child of the router."""
+    return {
+        **names.common_labels("kvfleet-router", router.metadata.name),
+        **names.router_selector(router.metadata.name),
+    }
+
+
+def _child(router: FleetRouter, api_version: str, kind: str, body: dict[str, Any], **more: Any) -> Manifest:
+    name = names.bounded(router.metadata.name)
+    return names.child(router, api_version, kind, name, labels(router), body, **more)
+
+
+def address(router: FleetRouter) -> str:
+    """Where clients in the cluster reach the router."""
+    scheme, default = ("https", 443) if router.spec.tls else ("http", 80)
+    port = router.spec.service.port
+    host = f"{names.bounded(router.metadata.name)}.{router.metadata.namespace or 'default'}.svc"
+    return f"{scheme}://{host}" + ("" if port == default else f":{port}")
+
+
+def config_map(router: FleetRouter, config: FleetConfig) -> Manifest:
+    body = {"data": {FLEET_CONFIG_KEY: config.to_json()}}
+    return _child(router, "v1", "ConfigMap", body, annotations={names.REVISION: config.revision})
+
+
+def service_account(router: FleetRouter) -> Manifest:
+    return _child(router, "v1", "ServiceAccount", {"automountServiceAccountToken": False})
+
+
+def permissions(router: FleetRouter) -> list[Manifest]:
+    """What a router may do: read its own ConfigMap and the EndpointSlices of its namespace, nothing else."""
+    name, namespace = names.bounded(router.metadata.name), router.metadata.namespace or "default"
+    read = ["get", "list", "watch"]
+    rules = [
+        {"apiGroups": [""], "resources": ["configmaps"], "resourceNames": [name], "verbs": read},
+        {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": read},
+    ]
+    group = "rbac.authorization.k8s.io"
+    binding = {
+        "roleRef": {"apiGroup": group, "kind": "Role", "name": name},
+        "subjects": [{"kind": "ServiceAccount", "name": name, "namespace": namespace}],
+    }
+    return [
+        _child(router, f"{group}/v1", "Role", {"rules": rules}),
+        _child(router, f"{group}/v1", "RoleBinding", binding),
+    ]
+
+
+def service(router: FleetRouter) -> Manifest:
+    spec = router.spec.service
+    body = {
+        "type": spec.type,
+        "selector": names.router_selector(router.metadata.name),
+        "ports": [{"name": "http", "port": spec.port, "targetPort": "http", "protocol": "TCP"}],
+    }
+    return _child(router, "v1", "Service", {"spec": body}, annotations=spec.annotations)
+
+
+def disruption_budget(router: FleetRouter) -> Manifest:
+    body = {
+        "maxUnavailable": 1,
+        "unhealthyPodEvictionPolicy": "AlwaysAllow",
+        "selector": {"matchLabels": names.router_selector(router.metadata.name)},
+    }
+    return _child(router, "policy/v1", "PodDisruptionBudget", {"spec": body})
+
+
+def deployment(router: FleetRouter) -> Manifest:
+    """Raises TemplateError where `podTemplate` does not fit."""
+    own = labels(router)
+    template: dict[str, Any] = {"metadata": {"labels": own}, "spec": _pod_spec(router)}
+    if router.spec.pod_template is not None:
+        template = podtemplate.merge_pod(template, router.spec.pod_template, own)
+    body = {
+        "replicas": router.spec.replicas,
+        "selector": {"matchLabels": names.router_selector(router.metadata.name)},
+        "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}},
+        "template": template,
+    }
+    return _child(router, "apps/v1", "Deployment", {"spec": body})
+
+
+def _pod_spec(router: FleetRouter) -> dict[str, Any]:
+    name = names.bounded(router.metadata.name)
+    return {
+        "serviceAccountName": name,
+        "automountServiceAccountToken": True,
+        "terminationGracePeriodSeconds": SETTLE_S + router.spec.drain_seconds + TEARDOWN_S,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": USER_ID,
+            "runAsGroup": USER_ID,
+            "fsGroup": USER_ID,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "topologySpreadConstraints": [
+            _spread(router, "kubernetes.io/hostname"),
+            _spread(router, "topology.kubernetes.io/zone"),
+        ],
+        "containers": [_container(router)],
+        "volumes": [{"name": name, **source} for name, source, _path in _volumes(router)],
+    }
+
+
+def _spread(router: FleetRouter, key: str) -> dict[str, Any]:
+    return {
+        "maxSkew": 1,
+        "topologyKey": key,
+        "whenUnsatisfiable": "ScheduleAnyway",
+        "labelSelector": {"matchLabels": names.router_selector(router.metadata.name)},
+    }
+
+
+def _container(router: FleetRouter) -> dict[str, Any]:
+    spec = router.spec
+    built: dict[str, Any] = {
+        "name": CONTAINER,
+        "image": spec.image,
+        "command": ["kvfleet"],
+        "args": _args(router),
+        "env": _environment(router),
+        "ports": [
+            {"name": "http", "containerPort": spec.port, "protocol": "TCP"},
+            {"name": "admin", "containerPort": spec.admin_port, "protocol": "TCP"},
+        ],
+        "startupProbe": {**_probe("/healthz"), "periodSeconds": 1, "failureThreshold": 60},
+        "readinessProbe": {**_probe("/readyz"), "periodSeconds": 2, "failureThreshold": 2},
+        "livenessProbe": {**_probe("/healthz"), "periodSeconds": 10, "failureThreshold": 3},
+        "lifecycle": {"preStop": {"sleep": {"seconds": SETTLE_S}}},
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "volumeMounts": [{"name": name, "mountPath": path} for name, _source, path in _volumes(router)],
+    }
+    if spec.resources is not None:
+        built["resources"] = spec.resources
+    return built
+
+
+def _probe(path: str) -> dict[str, Any]:
+    return {"httpGet": {"path": path, "port": "admin"}, "timeoutSeconds": 2}
+
+
+def _args(router: FleetRouter) -> list[str]:
+    spec = router.spec
+    args = ["router", "--config", f"{CONFIG_PATH}/{FLEET_CONFIG_KEY}", "--kubernetes"]
+    args += ["--port", str(spec.port), "--admin-port", str(spec.admin_port)]
+    if spec.processes > 1:
+        args += ["--processes", str(spec.processes)]
+    if spec.auth.api_keys_secret_ref:
+        args += ["--api-keys-file", f"{KEYS_PATH}/{spec.auth.api_keys_secret_ref.key}"]
+    if spec.tls:
+        args += ["--tls-cert", f"{TLS_PATH}/tls.crt", "--tls-key", f"{TLS_PATH}/tls.key"]
+    return args
+
+
+def _environment(router: FleetRouter) -> list[dict[str, Any]]:
+    fields = {"POD_NAME": "metadata.name", "POD_NAMESPACE": "metadata.namespace", "POD_IP": "status.podIP"}
+    config = f"{router.metadata.namespace or 'default'}/{names.bounded(router.metadata.name)}"
+    downward = [{"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in fields.items()]
+    return [*downward, {"name": CONFIG_MAP_VARIABLE, "value": config}]
+
+
+def _volumes(router: FleetRouter) -> list[tuple[str, dict[str, Any], str]]:
+    """(name, source, mount path)."""
+    spec = router.spec
+    volumes: list[tuple[str, dict[str, Any], str]] = [
+        ("config", {"configMap": {"name": names.bounded(router.metadata.name)}}, CONFIG_PATH),
+        ("tmp", {"emptyDir": {}}, "/tmp"),
+    ]
+    if spec.auth.api_keys_secret_ref:
+        volumes.append(("keys", {"secret": {"secretName": spec.auth.api_keys_secret_ref.name}}, KEYS_PATH))
+    if spec.tls:
+        volumes.append(("tls", {"secret": {"secretName": spec.tls.secret_ref}}, TLS_PATH))
+    return volumes

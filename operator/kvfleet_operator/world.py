@@ -1,0 +1,202 @@
+"""The observed world: the latest known state of every watched object, fed by watches, listings and own writes.
+
+Objects are kept by resource version, so that an event that comes late never overwrites something newer. The fleet of a
+namespace is compiled once per change and shared by all that need it: routers, policies and pools.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Final, TypeVar
+
+from pydantic import ValidationError
+
+from kvfleet_api.acceleratorprofile import AcceleratorProfile
+from kvfleet_api.common import Resource
+from kvfleet_api.compile import CompiledFleet, compile_fleet
+from kvfleet_api.fleetrouter import FleetRouter
+from kvfleet_api.manifests import KINDS
+from kvfleet_api.modelpool import ModelPool
+from kvfleet_api.problems import FieldProblem, explain
+from kvfleet_api.routingpolicy import RoutingPolicy
+from kvfleet_operator.reconcile import names
+from kvfleet_operator.reconcile.dependents import Key, key_of
+from kvfleet_operator.reconcile.plan import Manifest, kind_name
+from kvfleet_operator.resources import pod_address
+
+Parsed = Resource | list[FieldProblem]
+"""An own object as its model, or what is wrong with it."""
+R = TypeVar("R", bound=Resource)
+
+SCALED: Final = frozenset({"Deployment", "LeaderWorkerSet"})
+"""Kinds whose managed fields tell who owns `replicas`."""
+
+
+class World:
+    def __init__(self) -> None:
+        self._objects: dict[str, dict[tuple[str | None, str], Manifest]] = {}
+        self._parsed: dict[Key, Parsed] = {}
+        self._fleets: dict[tuple[str, str | None], CompiledFleet] = {}
+        self.reports: dict[tuple[str, str], str] = {}
+        """(namespace, router pod) → the configuration revision it says it serves with."""
+        self.on_change: Callable[[Manifest | None, Manifest], None] = lambda before, after: None
+        """Called with the state before (None: new) and after of everything that changed."""
+
+    # Reading
+
+    def get(self, key: Key) -> Manifest | None:
+        return self._objects.get(key.kind, {}).get((key.namespace, key.name))
+
+    def keys(self, kind: str, namespace: str | None = None) -> list[Key]:
+        """Keys of a kind, of one namespace if given."""
+        found = self._objects.get(kind, {})
+        return [Key(kind, ns, name) for ns, name in found if namespace is None or ns == namespace]
+
+    def pools_of_profile(self, profile: str) -> Iterator[Key]:
+        for pool in self._all(ModelPool):
+            if pool.spec.accelerator.profile_ref == profile:
+                yield Key("ModelPool", pool.metadata.namespace, pool.metadata.name)
+
+    def parsed(self, key: Key) -> Parsed | None:
+        """An own object as its model, or its problems; None where it does not exist."""
+        manifest = self.get(key)
+        if manifest is None:
+            return None
+        if key not in self._parsed:
+            self._parsed[key] = _parse(manifest)
+        return self._parsed[key]
+
+    def profile(self, name: str) -> AcceleratorProfile | None:
+        found = self.parsed(Key("AcceleratorProfile", None, name))
+        return found if isinstance(found, AcceleratorProfile) else None
+
+    def pools(self) -> list[ModelPool]:
+        return list(self._all(ModelPool))
+
+    def routers(self, namespace: str) -> list[FleetRouter]:
+        found = (router for router in self._all(FleetRouter) if router.metadata.namespace == namespace)
+        return sorted(found, key=lambda router: router.metadata.name)
+
+    def fleet(self, namespace: str, router: FleetRouter | None = None) -> CompiledFleet:
+        """The compiled fleet of a namespace, for a router or for nobody in particular."""
+        key = (namespace, router.metadata.name if router else None)
+        if key not in self._fleets:
+            pools = [pool for pool in self._all(ModelPool) if pool.metadata.namespace == namespace]
+            policies = [policy for policy in self._all(RoutingPolicy) if policy.metadata.namespace == namespace]
+            profiles = list(self._all(AcceleratorProfile))
+            self._fleets[key] = compile_fleet(router, pools, policies, profiles, namespace=namespace)
+        return self._fleets[key]
+
+    def children(self, owner: Resource) -> dict[tuple[str, str], Manifest]:
+        """(kind, name) → what `owner` controls, except pods."""
+        uid, namespace = owner.metadata.uid, owner.metadata.namespace
+        return {
+            kind_name(manifest): manifest
+            for kind, objects in self._objects.items()
+            if kind not in KINDS and kind != "Pod"
+            for (where, _name), manifest in objects.items()
+            if where == namespace and names.is_owned(manifest, uid)
+        }
+
+    def router_pods(self, router: FleetRouter) -> dict[str, str]:
+        """Name → IP of a router's ready pods."""
+        wanted = names.label_value(router.metadata.name)
+        found = {}
+        for (namespace, name), pod in self._objects.get("Pod", {}).items():
+            labels = pod["metadata"].get("labels") or {}
+            ip = pod_address(pod) if namespace == router.metadata.namespace else None
+            if ip and labels.get(names.ROUTER) == wanted:
+                found[name] = ip
+        return found
+
+    def replicas(self, router: FleetRouter) -> dict[str, str | None]:
+        """Ready replica → the revision it reported."""
+        namespace = router.metadata.namespace or "default"
+        return {pod: self.reports.get((namespace, pod)) for pod in self.router_pods(router)}
+
+    def snapshot(self, kind: str) -> dict[Key, Manifest]:
+        return {Key(kind, *where): manifest for where, manifest in self._objects.get(kind, {}).items()}
+
+    # Writing
+
+    def put(self, manifest: Manifest) -> bool:
+        """Take over a newer state. False where what is known is as new or newer."""
+        key = key_of(manifest)
+        before = self.get(key)
+        if before is not None and not _newer(manifest, before):
+            return False
+        kept = _kept(manifest)
+        self._objects.setdefault(key.kind, {})[key.namespace, key.name] = kept
+        self._forget(key, concerns_others=before is None or summary(before) != summary(kept))
+        self.on_change(before, kept)
+        return True
+
+    def remove(self, manifest: Manifest) -> bool:
+        """Forget an object that was deleted; a namesake created since stays."""
+        key = key_of(manifest)
+        before = self.get(key)
+        if before is None or before["metadata"].get("uid") != manifest["metadata"].get("uid"):
+            return False
+        del self._objects[key.kind][key.namespace, key.name]
+        self._forget(key, concerns_others=True)
+        if key.kind == "Pod" and key.namespace:
+            self.reports.pop((key.namespace, key.name), None)
+        self.on_change(before, {**manifest, "metadata": {**manifest["metadata"], "deletionTimestamp": "gone"}})
+        return True
+
+    def _forget(self, key: Key, *, concerns_others: bool) -> None:
+        """Drop what was derived from an object's former state."""
+        self._parsed.pop(key, None)
+        if not concerns_others:
+            return
+        if key.kind == "AcceleratorProfile":
+            self._fleets.clear()
+        elif key.kind in KINDS:
+            self._fleets = {where: fleet for where, fleet in self._fleets.items() if where[0] != key.namespace}
+
+    def _all(self, model: type[R]) -> Iterator[R]:
+        for key in self.keys(model.__name__):
+            parsed = self.parsed(key)
+            if isinstance(parsed, model) and not parsed.metadata.deletion_timestamp:
+                yield parsed
+
+
+def version(manifest: Manifest) -> int:
+    """The resource version as a number; they grow with every write to a kind."""
+    text = str(manifest["metadata"].get("resourceVersion") or "")
+    return int(text) if text.isdecimal() else 0
+
+
+def _newer(manifest: Manifest, known: Manifest) -> bool:
+    return version(manifest) > version(known) or version(manifest) == 0
+
+
+def _kept(manifest: Manifest) -> Manifest:
+    """What is worth its memory: no managed fields but a workload's; of a pod, who and where it is and whether ready."""
+    metadata = manifest["metadata"]
+    if manifest["kind"] in SCALED:
+        return manifest
+    slim = {**manifest, "metadata": {key: value for key, value in metadata.items() if key != "managedFields"}}
+    if manifest["kind"] == "Pod":
+        status = manifest.get("status") or {}
+        slim = {**slim, "spec": {}, "status": {key: status.get(key) for key in ("podIP", "conditions")}}
+    return slim
+
+
+def _parse(manifest: Manifest) -> Parsed:
+    model = KINDS[manifest["kind"]]
+    try:
+        return model.model_validate(manifest)
+    except ValidationError as error:
+        return explain(model, error)
+
+
+def summary(manifest: Manifest) -> dict[str, Any]:
+    """The part of an own object whose change concerns others: not its status, nor bookkeeping."""
+    metadata = manifest["metadata"]
+    return {
+        "uid": metadata.get("uid"),
+        "generation": metadata.get("generation"),
+        "deletion": metadata.get("deletionTimestamp"),
+        "spec": None if metadata.get("generation") else manifest.get("spec"),
+    }
