@@ -78,7 +78,10 @@ class ModelCost(Schema):
     """One measured (or derived) row: a model on this accelerator."""
 
     model: Annotated[str, Field(min_length=1, max_length=253, examples=["*Llama-3.1-8B*"])]
-    """Model name or URI as in ModelPool `spec.model`; `*` matches any run of characters, case is ignored."""
+    """Model name or URI as in ModelPool `spec.model`; `*` matches any run of characters, case is ignored.
+
+    A pattern with `*` that names no quantisation (FP8, AWQ, …) does not match a quantised model.
+    """
     tensor_parallel: Annotated[int, Field(ge=1, le=64, examples=[1])] = 1
     """Devices the row was measured on."""
     step: StepTime

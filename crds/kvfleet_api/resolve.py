@@ -65,7 +65,7 @@ def resolve_cost(
     args: Sequence[str] = (),
 ) -> CostModel:
     """The cost of a worker of `tensor` x `pipeline` devices. Raises `CostError` where the model's size is unknown."""
-    row = matching_row(profile, model, tensor)
+    row = matching_row(profile, model, tensor, args)
     stage = _from_row(profile, row) if row else _from_prior(profile, model, tensor, pipeline, args)
     default_sequences, default_step_tokens = engine_defaults(profile)
     return replace(
@@ -82,10 +82,18 @@ def resolve_cost(
     )
 
 
-def matching_row(profile: AcceleratorProfileSpec, model: ModelSpec, tensor: int) -> ModelCost | None:
-    """The profile's row for this model on `tensor` devices."""
+def matching_row(
+    profile: AcceleratorProfileSpec, model: ModelSpec, tensor: int, args: Sequence[str] = ()
+) -> ModelCost | None:
+    """The profile's row for this model on `tensor` devices.
+
+    `*8B*` would also match `8B-FP8`, which takes half the time: a pattern with `*` matches only models of its own precision.
+    """
+    precision = bytes_per_parameter(f"{model.source} {model.name}", args)
     for row in profile.models:
-        if row.tensor_parallel == tensor and any(glob_matches(row.model, name) for name in (model.source, model.name)):
+        if row.tensor_parallel != tensor or ("*" in row.model and bytes_per_parameter(row.model) != precision):
+            continue
+        if any(glob_matches(row.model, name) for name in (model.source, model.name)):
             return row
     return None
 
@@ -143,9 +151,9 @@ _PRECISIONS: Final = (
 )
 
 
-def bytes_per_parameter(model: ModelSpec, args: Sequence[str] = ()) -> float:
+def bytes_per_parameter(name: str, args: Sequence[str] = ()) -> float:
     """2 (bf16), 1 or 0.5, from the model's name or the engine's `--quantization`."""
-    text = f"{model.source} {model.name} {argument(args, 'quantization') or argument(args, 'q') or ''}".casefold()
+    text = f"{name} {argument(args, 'quantization') or argument(args, 'q') or ''}".casefold()
     return next((size for size, marks in _PRECISIONS if any(mark in text for mark in marks)), 2.0)
 
 
@@ -206,7 +214,7 @@ def _from_prior(
             "set parametersMillions",
         )
     prior = profile.prior
-    weight_gb = size.total * bytes_per_parameter(model, args)
+    weight_gb = size.total * bytes_per_parameter(f"{model.source} {model.name}", args)
     context_s, context_joules = _context_cost(profile, size)
     return CostModel(
         prefill_s_per_token=prior.prefill_nanoseconds_per_billion_parameters * 1e-9 * size.active / tensor,
