@@ -1,18 +1,159 @@
-"""The bounded log of decisions. (skeleton: signatures are final)"""
+"""The bounded log of decisions: why each request went where it went, what was predicted, what came.
+
+On the hot path a decision is one object and a tuple per try; dicts are made when someone asks. The log is a ring: a
+decision's id carries its sequence number, so looking one up needs no index, and a new one overwrites the oldest.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
+
+MAX_CANDIDATES = 8
+"""Candidates kept per try: the best ones."""
 
 
-class Decision: ...
+class Try(NamedTuple):
+    """One choice of a worker."""
+
+    at: float
+    worker: str
+    candidates: tuple[tuple[str, float, tuple[float, ...]], ...]
+    """(worker, cached tokens, parts of its cost), in no order."""
+    candidate_count: int
+    predicted_ttft_s: float
+    predicted_joules: float
+
+
+class Outcome(NamedTuple):
+    """How it ended."""
+
+    at: float
+    result: str
+    """ok | failed | abandoned | refused"""
+    detail: str
+    first_token_at: float | None = None
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    output_tokens: int | None = None
+
+
+class Decision:
+    """One request's way through the router."""
+
+    __slots__ = (
+        "at",
+        "causes",
+        "expected_output_tokens",
+        "id",
+        "model",
+        "outcome",
+        "parts",
+        "policy",
+        "prompt_tokens",
+        "request_id",
+        "sequence",
+        "strategy",
+        "tries",
+    )
+
+    def __init__(self, id: str, sequence: int, request_id: str, at: float) -> None:  # noqa: A002 - the field's name
+        self.id = id
+        self.sequence = sequence
+        self.request_id = request_id
+        self.at = at
+        self.model = self.policy = self.strategy = ""
+        self.parts: tuple[str, ...] = ()
+        self.prompt_tokens = self.expected_output_tokens = 0.0
+        self.tries: list[Try] = []
+        self.causes: list[str] = []
+        """Why each try but the last was given up."""
+        self.outcome: Outcome | None = None
 
 
 class DecisionLog:
-    def get(self, id: str) -> dict[str, Any] | None:  # noqa: A002
+    """The last `capacity` decisions."""
+
+    def __init__(self, capacity: int, *, prefix: str, epoch_s: float = 0.0) -> None:
+        """`prefix` tells this router's ids from others'; `epoch_s` is added to times for Unix time."""
+        self._ring: list[Decision | None] = [None] * max(capacity, 1)
+        self._prefix = prefix
+        self._epoch_s = epoch_s
+        self._next = 0
+
+    def open(self, request_id: str, at: float) -> Decision:
+        """A new decision, in place of the oldest."""
+        sequence = self._next
+        self._next = sequence + 1
+        decision = Decision(f"{self._prefix}-{sequence:x}", sequence, request_id, at)
+        self._ring[sequence % len(self._ring)] = decision
+        return decision
+
+    def get(self, id: str) -> dict[str, Any] | None:  # noqa: A002 - the field's name
         """The decision with this id (or of this request id), as a JSON-able dict; none once it fell out of the ring."""
-        raise NotImplementedError
+        prefix, _, sequence = id.rpartition("-")
+        if prefix == self._prefix:
+            try:
+                decision = self._ring[int(sequence, 16) % len(self._ring)]
+            except ValueError:
+                decision = None
+            if decision is not None and decision.id == id:
+                return self._render(decision)
+        matching = [d for d in self._ring if d is not None and d.request_id == id]
+        return self._render(max(matching, key=lambda d: d.sequence)) if matching else None
 
     def recent(self, n: int = 100) -> list[dict[str, Any]]:
         """The latest decisions, newest first."""
-        raise NotImplementedError
+        size = len(self._ring)
+        latest = (self._ring[(self._next - 1 - back) % size] for back in range(min(max(n, 0), size, self._next)))
+        return [self._render(decision) for decision in latest if decision is not None]
+
+    def _render(self, decision: Decision) -> dict[str, Any]:
+        first = decision.tries[0].at if decision.tries else None
+        return {
+            "id": decision.id,
+            "request_id": decision.request_id,
+            "time": decision.at + self._epoch_s,
+            "model": decision.model,
+            "policy": decision.policy,
+            "strategy": decision.strategy,
+            "prompt_tokens": round(decision.prompt_tokens),
+            "expected_output_tokens": round(decision.expected_output_tokens),
+            "held_s": None if first is None else first - decision.at,
+            "retries": len(decision.causes),
+            "tries": [self._render_try(decision, number) for number in range(len(decision.tries))],
+            "outcome": None if decision.outcome is None else self._render_outcome(decision, decision.outcome),
+        }
+
+    def _render_try(self, decision: Decision, number: int) -> dict[str, Any]:
+        made = decision.tries[number]
+        return {
+            "time": made.at + self._epoch_s,
+            "worker": made.worker,
+            "predicted_ttft_s": made.predicted_ttft_s,
+            "predicted_joules": made.predicted_joules,
+            "candidate_count": made.candidate_count,
+            "candidates": [
+                {
+                    "worker": worker,
+                    "cached_tokens": round(cached),
+                    "cost": sum(parts),
+                    "parts": dict(zip(decision.parts, parts, strict=True)),
+                }
+                for worker, cached, parts in sorted(made.candidates, key=lambda scored: sum(scored[2]))
+            ],
+            "given_up": decision.causes[number] if number < len(decision.causes) else None,
+        }
+
+    @staticmethod
+    def _render_outcome(decision: Decision, outcome: Outcome) -> dict[str, Any]:
+        sent = decision.tries[-1].at if decision.tries else decision.at
+        return {
+            "result": outcome.result,
+            "detail": outcome.detail,
+            "ttft_s": None if outcome.first_token_at is None else outcome.first_token_at - sent,
+            "ttft_with_queue_s": None if outcome.first_token_at is None else outcome.first_token_at - decision.at,
+            "duration_s": outcome.at - decision.at,
+            "prompt_tokens": outcome.prompt_tokens,
+            "cached_tokens": outcome.cached_tokens,
+            "output_tokens": outcome.output_tokens,
+        }

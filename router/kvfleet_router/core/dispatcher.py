@@ -1,4 +1,16 @@
-"""The one object the router's io and the simulator talk to. (skeleton: signatures are final)"""
+"""The one object the router's io and the simulator talk to: requests in, tickets out, and every event of their lives.
+
+    submit ──► lane (routes.py) ──► place (placement.py) ──► Ticket ──► first_token ──► finish
+                  └► Refusal           └► Held, and later      │             └──► abandon: the client went away
+                                          a Ticket or Refusal  └──► retry: the worker failed; choose another
+
+Sans-io: the clock and the random numbers are passed in, nothing blocks, and a callback is only ever called from within a
+method the caller called. Accounting is exact: what `submit` adds to a worker, exactly one of finish, abandon and retry
+takes off again. Every held request is called back exactly once, unless cancelled.
+
+An answer that does not stream shows no first token until its end. Its decode phase is presumed to begin when predicted, or
+when a request sent later to the same worker has its first token.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +18,21 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 
 from kvfleet_api.fleetconfig import FleetConfig
-from kvfleet_router.core.decisions import DecisionLog
+from kvfleet_router.core.decisions import DecisionLog, Outcome
+from kvfleet_router.core.hashing import MAX_BLOCKS, block_hashes, seed_of
+from kvfleet_router.core.learning import learn
 from kvfleet_router.core.parse import ParsedRequest
+from kvfleet_router.core.placement import OnAssigned, Placement
 from kvfleet_router.core.policy import Policy
-from kvfleet_router.core.ticket import Held, Refusal, Ticket
+from kvfleet_router.core.pool import Fleet, Pool
+from kvfleet_router.core.routes import Lane, Routes
+from kvfleet_router.core.ticket import CLOSED, PENDING, Arrival, Held, Refusal, Ticket
 from kvfleet_router.core.worker import Worker, WorkerEndpoint
 
 __all__ = ["ConfigError", "Dispatcher", "Held", "Refusal", "Ticket", "Worker", "WorkerEndpoint"]
 
-OnAssigned = Callable[[Ticket | Refusal], None]
+HELD_TICK_S = 0.01
+"""How often held requests are decided again without an event: backlogs also shrink by time passing."""
 
 
 class ConfigError(ValueError):
@@ -22,9 +40,6 @@ class ConfigError(ValueError):
 
 
 class Dispatcher:
-    config: FleetConfig
-    decisions: DecisionLog
-
     def __init__(
         self,
         config: FleetConfig,
@@ -36,26 +51,131 @@ class Dispatcher:
         max_decisions: int = 4096,
     ) -> None:
         """`epoch_s`: what to add to `clock()` for Unix time in decision records."""
+        self._clock = clock
+        self._registry = policies
+        self.decisions = DecisionLog(max_decisions, prefix=f"{rng.getrandbits(32):08x}", epoch_s=epoch_s)
+        self._fleet = Fleet()
+        self._placement = Placement(self._fleet, rng)
+        self._ejected: set[Worker] = set()
+        self.configure(config)
+
+    # -- configuration and membership -----------------------------------------------------------------------------------
 
     def configure(self, config: FleetConfig) -> None:
-        """Take a new configuration. Raises ConfigError with nothing changed."""
+        """Take a new configuration; workers keep their state, tickets their policy. Raises ConfigError with nothing changed."""
+        self._check(config)
+        now = self._clock()
+        itl_slos: dict[str, float] = {}
+        for policy in config.policies:
+            for ref in policy.pools:
+                itl_slos[ref.name] = min(policy.itl_slo_s, itl_slos.get(ref.name, policy.itl_slo_s))
+        self._block_bytes = min((policy.prefix.block_bytes for policy in config.policies), default=256)
+        self._fleet.configure(config.pools, self._block_bytes, itl_slos, now)
+        built = [(policy, self._registry[policy.strategy](policy)) for policy in config.policies]
+        self._routes = Routes(built, self._fleet)
+        self.config = config
+        for held in self._placement.queue.all():
+            self._placement.requeue(held, self._routes.find(held.arrival.parsed), now)
+        self._placement.pump(None, now)
 
     def set_endpoints(self, pool: str, endpoints: Sequence[WorkerEndpoint]) -> None:
         """The pool's workers from now on. Pools with static `endpoints` get them from the configuration itself."""
+        now = self._clock()
+        self._ejected.difference_update(self._fleet.set_endpoints(pool, endpoints, now))
+        self._placement.pump(None, now)
+
+    def _check(self, config: FleetConfig) -> None:
+        pools = [pool.name for pool in config.pools]
+        for kind, names in (("pools", pools), ("policies", [policy.name for policy in config.policies])):
+            repeated = sorted({name for name in names if names.count(name) > 1})
+            if repeated:
+                raise ConfigError(f"{kind}: {', '.join(repeated)} defined more than once: keep one each")
+        for policy in config.policies:
+            if policy.strategy not in self._registry:
+                known = ", ".join(sorted(self._registry))
+                raise ConfigError(f"policy {policy.name}: strategy {policy.strategy!r} is unknown: use one of {known}")
+            missing = [ref.name for ref in policy.pools if ref.name not in pools]
+            if missing:
+                raise ConfigError(f"policy {policy.name}: pools {', '.join(missing)} are not defined: add or drop them")
+
+    # -- what may be asked ----------------------------------------------------------------------------------------------
 
     def models(self) -> list[str]:
         """Served model and adapter names, pools at zero included; without `*`."""
-        raise NotImplementedError
+        return list(self._routes.models)
+
+    def workers(self, pool: str | None = None) -> list[Worker]:
+        """The workers now known."""
+        if pool is None:
+            return self._fleet.workers()
+        return list(self._fleet.pools[pool].workers.values()) if pool in self._fleet.pools else []
+
+    def pools(self) -> list[Pool]:
+        """The pools now served."""
+        return list(self._fleet.pools.values())
+
+    def queue_depths(self) -> dict[str, int]:
+        """Held requests per policy name."""
+        depths = self._placement.queue.depths
+        return {policy.name: depths.get(policy.name, 0) for policy in self.config.policies}
+
+    def pack_target(self, pool: str) -> int:
+        """Sequences a worker of the pool should be filled to before another one is used (b*)."""
+        return self._fleet.pools[pool].pack_target()
+
+    @property
+    def indexed_blocks(self) -> int:
+        """Distinct blocks in the prefix index."""
+        return len(self._fleet.index)
+
+    # -- the engine's own word on its cache -----------------------------------------------------------------------------
+
+    def cache_stored(self, worker: Worker, blocks: Sequence[int]) -> None:
+        """The engine holds these blocks (first to last of a prompt)."""
+        if not worker.removed:
+            worker.cache.store(blocks[:MAX_BLOCKS], self._clock())
+
+    def cache_removed(self, worker: Worker, blocks: Sequence[int]) -> None:
+        """The engine dropped these blocks."""
+        if not worker.removed:
+            worker.cache.remove(blocks)
+
+    def cache_cleared(self, worker: Worker) -> None:
+        """The engine holds nothing any more, or what it holds is unknown."""
+        if not worker.removed:
+            worker.cache.clear()
+
+    # -- a request's life -----------------------------------------------------------------------------------------------
 
     def submit(self, parsed: ParsedRequest, *, request_id: str, on_assigned: OnAssigned) -> Ticket | Refusal | Held:
         """Route a request. Held: `on_assigned` is called later, exactly once (unless cancelled). It never is for the others."""
-        raise NotImplementedError
+        now = self._clock()
+        self._catch_up(now)
+        lane = self._routes.find(parsed)
+        if isinstance(lane, Refusal):
+            return lane
+        return self._placed(self._arrival(parsed, request_id, lane, now), on_assigned, now)
 
     def cancel(self, held: Held) -> None:
         """The client went away while queued. `on_assigned` will not be called."""
+        if held.waiting:
+            self._placement.queue.remove(held)
+            held.arrival.decision.outcome = Outcome(self._clock(), "abandoned", "while queued")
 
     def first_token(self, ticket: Ticket) -> None:
         """The first body byte of the answer came."""
+        now = self._clock()
+        if ticket.phase == CLOSED:
+            return
+        if ticket.first_token_at is None:
+            ticket.first_token_at = now
+        if ticket.phase == PENDING:
+            worker = ticket.worker
+            for earlier in worker.earlier_presumable(ticket):
+                worker.first_token(earlier, now, presumed=True)
+            worker.first_token(ticket, now, presumed=not ticket.parsed.stream)
+            self._answered(worker)
+            self._placement.pump(worker, now)
 
     def finish(
         self,
@@ -67,26 +187,128 @@ class Dispatcher:
         ok: bool = True,
     ) -> None:
         """The answer ended. Idempotent. ok=False: the worker failed (counts for its circuit breaker)."""
+        if ticket.phase == CLOSED:
+            return
+        now = self._clock()
+        self._release(ticket, now)
+        if ok:
+            learn(ticket, output_tokens, prompt_tokens, cached_tokens, now)
+            self._answered(ticket.worker)
+        else:
+            self._failed(ticket.worker, now)
+        ticket.arrival.decision.outcome = Outcome(
+            now, "ok" if ok else "failed", "", ticket.first_token_at, prompt_tokens, cached_tokens, output_tokens
+        )
+        self._placement.pump(ticket.worker, now)
 
     def abandon(self, ticket: Ticket, cause: str) -> None:
         """The client went away. Idempotent; not the worker's fault."""
+        if ticket.phase != CLOSED:
+            now = self._clock()
+            self._release(ticket, now)
+            ticket.arrival.decision.outcome = Outcome(now, "abandoned", cause, ticket.first_token_at)
+            self._placement.pump(ticket.worker, now)
 
     def retry(self, ticket: Ticket, cause: str, on_assigned: OnAssigned) -> Ticket | Refusal | Held:
         """The worker failed before the first byte: release the ticket, count the failure, choose another worker."""
-        raise NotImplementedError
+        if ticket.phase == CLOSED:
+            return Refusal(
+                503, "request_closed", "The request has ended: it cannot be tried again", type="service_unavailable"
+            )
+        now = self._clock()
+        self._catch_up(now)
+        arrival = ticket.arrival
+        self._release(ticket, now)
+        self._failed(ticket.worker, now)
+        arrival.decision.causes.append(cause)
+        arrival.attempt += 1
+        arrival.excluded = (*arrival.excluded, ticket.worker.name)
+        lane = self._routes.find(arrival.parsed)
+        if arrival.attempt > ticket.policy.resilience.retries:
+            message = f"The request failed on {arrival.attempt} workers, at last with: {cause}"
+            lane = Refusal(503, "worker_failed", message, retry_after_s=1, type="service_unavailable")
+        if isinstance(lane, Refusal):
+            arrival.decision.outcome = Outcome(now, "refused", lane.code)
+            self._placement.pump(ticket.worker, now)
+            return lane
+        arrival.lane = lane
+        return self._placed(arrival, on_assigned, now)
 
     def tick(self) -> float | None:
         """Queue timeouts, circuit breakers, held requests again. Returns seconds until it wants to be called again, or None."""
-        raise NotImplementedError
+        now = self._clock()
+        self._catch_up(now)
+        placement = self._placement
+        placement.expire(now)
+        placement.pump(None, now)
+        wanted = [worker.breaker.open_until for worker in self._ejected]
+        wanted += [
+            placement.next_presumed(),
+            placement.queue.next_expiry(),
+            now + HELD_TICK_S if placement.queue else None,
+        ]
+        times = [time for time in wanted if time is not None]
+        return max(min(times) - now, 0.0) if times else None
 
-    def workers(self, pool: str | None = None) -> list[Worker]:
-        """The workers now known."""
-        raise NotImplementedError
+    # -- inside ---------------------------------------------------------------------------------------------------------
 
-    def queue_depths(self) -> dict[str, int]:
-        """Held requests per policy name."""
-        raise NotImplementedError
+    def _arrival(self, parsed: ParsedRequest, request_id: str, lane: Lane, now: float) -> Arrival:
+        policy, config = lane.policy, lane.config
+        tokens = Routes.prompt_tokens(parsed, lane)
+        blocks: list[int] = []
+        if policy.uses_prefix and config.prefix.enabled:
+            if parsed.block_hashes is None:
+                seed = seed_of(parsed.model, parsed.cache_salt, self._block_bytes)
+                parsed.block_hashes = block_hashes(parsed.prompt, seed=seed, block_bytes=self._block_bytes)
+            blocks = parsed.block_hashes[:MAX_BLOCKS]
+        parsed.prompt = b""
+        decision = self.decisions.open(request_id, now)
+        decision.model, decision.policy, decision.strategy = parsed.model, config.name, config.strategy
+        decision.parts, decision.prompt_tokens = policy.parts, tokens
+        decision.expected_output_tokens = lane.pools[0].stats.outputs.expect(parsed.tenant, parsed.max_output_tokens)
+        return Arrival(
+            parsed,
+            request_id,
+            lane,
+            now,
+            now + config.ttft_slo_s,
+            tokens,
+            decision.expected_output_tokens,
+            self._block_bytes * tokens / parsed.prompt_bytes if parsed.prompt_bytes else 0.0,
+            blocks,
+            decision,
+        )
 
-    def pack_target(self, pool: str) -> int:
-        """Sequences a worker of the pool should be filled to before another one is used (b*)."""
-        raise NotImplementedError
+    def _placed(self, arrival: Arrival, on_assigned: OnAssigned, now: float) -> Ticket | Refusal | Held:
+        result = self._placement.place(arrival, on_assigned, now)
+        self._placement.deliver()
+        return result
+
+    def _release(self, ticket: Ticket, now: float) -> None:
+        """Take off what `submit` added. A prompt without a first token was not computed: its blocks are not cached."""
+        never_computed = ticket.phase == PENDING
+        worker = ticket.worker
+        worker.cache.unpin(
+            ticket.pinned, ticket.pin_epoch, forget_from=ticket.new_from_block if never_computed else None
+        )
+        worker.left(ticket, now)
+
+    def _answered(self, worker: Worker) -> None:
+        if worker.breaker.success():
+            self._ejected.discard(worker)
+            self._fleet.version += 1
+
+    def _failed(self, worker: Worker, now: float) -> None:
+        if worker.breaker.failure(now) and not worker.removed:
+            self._ejected.add(worker)
+            self._fleet.version += 1
+            worker.cache.clear()  # most likely restarted
+
+    def _catch_up(self, now: float) -> None:
+        """What happened by time alone: presumed first tokens, loads, probations."""
+        self._placement.presume(now)
+        self._fleet.refresh_loads(now)
+        if self._ejected:
+            for worker in [worker for worker in self._ejected if worker.breaker.elapsed(now)]:
+                self._ejected.discard(worker)
+                self._fleet.version += 1

@@ -1,12 +1,38 @@
-"""Reads just enough of a request body to route it. (skeleton: signatures are final)"""
+"""Reads just enough of a request body to route it; the body itself travels to the engine verbatim.
+
+One typed msgspec pass: the prompt's strings are taken as raw slices of the body (never decoded, never copied but once),
+unknown fields are skipped without allocating, and a wrong type ends the pass where it stands. So a hostile body costs
+time and memory in proportion to its size and nothing more. Prefix matching compares these raw slices: two clients that
+escape the same text differently miss each other's cache view, which costs a little affinity and no correctness.
+
+Images, audio and video are keyed by a digest of their content part and stand for MEDIA_BYTES of prompt each.
+
+The reader is lenient where the engine decides (sampling options, roles, tools) and strict where routing needs the field
+(`model`, `messages` or `prompt`). What it refuses, it refuses as OpenAI's API does: RequestError says which field.
+"""
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import msgspec
+from xxhash import xxh3_128_digest
+
 Kind = Literal["chat", "completions", "other"]
+_Scalar = int | float | str | bool | None
+_NO_RAW = msgspec.Raw()
+_LIST, _OBJECT = b"[{"
+
+MEDIA_BYTES = 4096
+"""What an image, an audio clip or a video counts in the prompt: about a thousand tokens."""
+MAX_NAME_BYTES = 256
+"""Longest model, tenant, session or salt; the API allows model names of 253."""
+MAX_PRIORITY = 2**31
+MAX_OUTPUT_TOKENS = 2**24
+MAX_SEQUENCES = 1024
 
 
 class RequestError(Exception):
@@ -58,8 +84,210 @@ class ParsedRequest:
     """Lower-case names."""
 
 
+class _StreamOptions(msgspec.Struct):
+    include_usage: _Scalar = None
+
+
+class _Body(msgspec.Struct):
+    """Fields that every endpoint shares."""
+
+    model: str | None = None
+    stream: _Scalar = None
+    stream_options: _StreamOptions | None = None
+    max_tokens: _Scalar = None
+    n: _Scalar = None
+    priority: _Scalar = None
+    cache_salt: str | None = None
+
+
+class _Message(msgspec.Struct):
+    role: str
+    content: msgspec.Raw = _NO_RAW
+    tool_calls: msgspec.Raw = _NO_RAW
+
+
+class _Chat(_Body):
+    messages: list[_Message] = []
+    max_completion_tokens: _Scalar = None
+    tools: msgspec.Raw = _NO_RAW
+
+
+class _Completion(_Body):
+    prompt: str | list[str | int | list[int]] | None = None
+
+
+class _Other(_Body):
+    input: msgspec.Raw = _NO_RAW
+
+
+class _Part(msgspec.Struct):
+    text: msgspec.Raw = _NO_RAW
+
+
+_CHAT = msgspec.json.Decoder(_Chat)
+_COMPLETION = msgspec.json.Decoder(_Completion)
+_OTHER = msgspec.json.Decoder(_Other)
+_RAW_LIST = msgspec.json.Decoder(list[msgspec.Raw])
+_PART = msgspec.json.Decoder(_Part)
+
+
 def read_request(
     path: str, body: bytes, headers: Mapping[bytes, bytes], *, max_body_bytes: int = 33_554_432
 ) -> ParsedRequest:
     """Parse a request. Raises RequestError and nothing else. `headers`: lower-case names."""
-    raise NotImplementedError
+    if len(body) > max_body_bytes:
+        message = f"The body has {len(body)} bytes; this router takes {max_body_bytes}. Send less or raise the router's limit."
+        raise RequestError(message, status=413, code="request_too_large")
+    reader = _READERS.get(path.partition("?")[0].removesuffix("/"), _read_other)
+    try:
+        request = reader(body, headers)
+    except msgspec.ValidationError as error:
+        raise _wrong_type(error) from None
+    except msgspec.DecodeError as error:
+        raise RequestError(f"The body is not valid JSON: {error}", code="invalid_json") from None
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"The body is not valid UTF-8: {error.reason} at byte {error.start}", code="invalid_json"
+        ) from None
+    except RecursionError:
+        raise RequestError("The body nests too deeply: flatten it", code="invalid_json") from None
+    request.headers = headers
+    request.tenant = _header(headers, b"x-tenant-id")
+    request.session_id = _header(headers, b"x-session-id") or None
+    return request
+
+
+def _read_chat(body: bytes, headers: Mapping[bytes, bytes]) -> ParsedRequest:
+    chat = _CHAT.decode(body)
+    if not chat.messages:
+        raise RequestError(
+            "`messages` is missing or empty: send at least one message",
+            param="messages",
+            code="missing_required_parameter",
+        )
+    pieces: list[bytes | msgspec.Raw] = [chat.tools] if chat.tools else []
+    for message in chat.messages:
+        pieces.append(b"\n%b\n" % message.role.encode())
+        content = message.content
+        if content:
+            if memoryview(content)[0] == _LIST:
+                _add_parts(content, pieces)
+            else:
+                pieces.append(content)
+        if message.tool_calls:
+            pieces.append(message.tool_calls)
+    limit = chat.max_tokens if chat.max_completion_tokens is None else chat.max_completion_tokens
+    return _request("chat", chat, b"".join(pieces), limit)
+
+
+def _add_parts(content: msgspec.Raw, pieces: list[bytes | msgspec.Raw]) -> None:
+    """Content parts: texts as they are, everything else by digest."""
+    for part in _RAW_LIST.decode(content):
+        text = _PART.decode(part).text if memoryview(part)[0] == _OBJECT else part
+        pieces.append(text or xxh3_128_digest(part) * (MEDIA_BYTES // 16))
+
+
+def _read_completion(body: bytes, headers: Mapping[bytes, bytes]) -> ParsedRequest:
+    completion = _COMPLETION.decode(body)
+    prompt = completion.prompt
+    if prompt is None or prompt == []:
+        raise RequestError(
+            "`prompt` is missing or empty: send a string, strings or token ids",
+            param="prompt",
+            code="missing_required_parameter",
+        )
+    if isinstance(prompt, str):
+        return _request("completions", completion, prompt.encode(), completion.max_tokens)
+    if isinstance(prompt[0], int):
+        request = _request("completions", completion, _token_bytes(prompt), completion.max_tokens)
+        request.prompt_tokens = len(prompt)
+        return request
+    prompts = [
+        item.encode() if isinstance(item, str) else _token_bytes(item) for item in prompt if not isinstance(item, int)
+    ]
+    if len(prompts) != len(prompt):
+        raise RequestError("`prompt` mixes token ids with prompts: send one kind", param="prompt", code="invalid_type")
+    request = _request("completions", completion, b"".join(prompts), completion.max_tokens)
+    request.sequences = min(request.sequences * len(prompts), MAX_SEQUENCES)
+    if all(isinstance(item, list) for item in prompt):
+        request.prompt_tokens = len(request.prompt) // 4
+    return request
+
+
+def _token_bytes(tokens: list[int] | list[str | int | list[int]]) -> bytes:
+    """Four bytes a token."""
+    try:
+        return array("I", tokens).tobytes()  # type: ignore[type-var]  # a wrong element raises here
+    except (TypeError, OverflowError):
+        raise RequestError(
+            "`prompt` holds something that is no token id: ids are integers from 0", param="prompt", code="invalid_type"
+        ) from None
+
+
+def _read_other(body: bytes, headers: Mapping[bytes, bytes]) -> ParsedRequest:
+    """Embeddings, scoring, audio and what engines invent: routed by `model` where there is one."""
+    if not body or b"json" not in headers.get(b"content-type", b"json"):
+        return ParsedRequest("other", "", prompt_bytes=len(body))
+    other = _OTHER.decode(body)
+    return _request("other", other, bytes(other.input), other.max_tokens)
+
+
+def _request(kind: Kind, body: _Body, prompt: bytes, output_limit: _Scalar) -> ParsedRequest:
+    model = body.model or ""
+    salt = body.cache_salt
+    if len(model) > MAX_NAME_BYTES:
+        raise RequestError(f"`model` is longer than {MAX_NAME_BYTES} characters", param="model", code="invalid_value")
+    if salt is not None and len(salt) > MAX_NAME_BYTES:
+        raise RequestError(
+            f"`cache_salt` is longer than {MAX_NAME_BYTES} characters", param="cache_salt", code="invalid_value"
+        )
+    options = body.stream_options
+    return ParsedRequest(
+        kind,
+        model,
+        stream=_truth(body.stream),
+        prompt=prompt,
+        prompt_bytes=len(prompt),
+        max_output_tokens=_whole(output_limit, 0, MAX_OUTPUT_TOKENS, None),
+        sequences=_whole(body.n, 1, MAX_SEQUENCES, 1) or 1,
+        priority=_whole(body.priority, -MAX_PRIORITY, MAX_PRIORITY, 0) or 0,
+        cache_salt=salt,
+        include_usage=options is not None and _truth(options.include_usage),
+    )
+
+
+def _truth(value: _Scalar) -> bool:
+    """As the engine's own lax reading of a boolean."""
+    return (
+        value is True
+        or value == 1
+        or (isinstance(value, str) and value.lower() in ("true", "1", "yes", "on", "t", "y"))
+    )
+
+
+def _whole(value: _Scalar, lowest: int, highest: int, default: int | None) -> int | None:
+    """A number within bounds, else the default: whether it is an error is the engine's to say."""
+    if value is None or isinstance(value, str):
+        return default
+    return int(min(max(value, lowest), highest))
+
+
+def _header(headers: Mapping[bytes, bytes], name: bytes) -> str:
+    return headers.get(name, b"")[:MAX_NAME_BYTES].decode("latin-1")
+
+
+def _wrong_type(error: msgspec.ValidationError) -> RequestError:
+    """msgspec's "Expected `str`, got `int` - at `$.messages[0].role`" names the place: make it `param`."""
+    reason, _, place = str(error).partition(" - at `")
+    param = place.removeprefix("$").removeprefix(".").removesuffix("`") or None
+    missing = "missing required field" in reason
+    where = f"`{param}`" if param else "The body"
+    return RequestError(
+        f"{where}: {reason}", param=param, code="missing_required_parameter" if missing else "invalid_type"
+    )
+
+
+_READERS = {
+    "/v1/chat/completions": _read_chat,
+    "/v1/completions": _read_completion,
+}

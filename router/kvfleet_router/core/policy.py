@@ -1,6 +1,51 @@
-"""What a routing policy is. (skeleton)"""
+"""What a routing policy is: a cost for a request on a worker, in named parts. The worker with the least sum gets it.
+
+A policy does no I/O and keeps nothing between decisions: all it sees is the Arrival, the Worker's figures, how many of
+the prompt's tokens the worker has cached, and the time. So a decision record can show every part, and any policy can be
+replayed against any other.
+"""
 
 from __future__ import annotations
 
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
 
-class Policy: ...
+from kvfleet_api.fleetconfig import PolicyConfig
+from kvfleet_router.core.columns import Array, Columns
+from kvfleet_router.core.ticket import Arrival
+from kvfleet_router.core.worker import Worker
+
+
+class Policy(ABC):
+    """One RoutingPolicy's strategy. One file each; the header says formula, intent and inputs."""
+
+    parts: ClassVar[tuple[str, ...]]
+    """Names of the cost's parts."""
+    uses_prefix: ClassVar[bool] = False
+    """Wants cached tokens: else prompts are not even hashed."""
+    measures_cost: ClassVar[bool] = False
+    """Compares workers of different pools by itself: else a pool is drawn by weight first."""
+    columns_from: ClassVar[int | None] = None
+    """Number of candidates from which `score_many` is faster; none: there is no `score_many`."""
+
+    hold_above_s: float | None = None
+    """Hold the request in the router's queue while the winner's backlog is longer; none: never."""
+    tie: float = 0.0
+    """Costs this close to the least are equal; among equals, chance decides."""
+
+    def __init__(self, config: PolicyConfig) -> None:
+        self.config = config
+
+    def shortlist(self, workers: Sequence[Worker], rng: random.Random) -> Sequence[Worker]:
+        """The workers worth scoring."""
+        return workers
+
+    @abstractmethod
+    def score(self, arrival: Arrival, worker: Worker, cached_tokens: float, now: float) -> tuple[float, ...]:
+        """The cost of this request on this worker, by part."""
+
+    def score_many(self, arrival: Arrival, workers: Columns, cached_tokens: Array, now: float) -> tuple[Array, ...]:
+        """`score` over columns of workers: one array per part."""
+        raise NotImplementedError(f"{type(self).__name__} scores worker by worker")

@@ -1,19 +1,49 @@
-"""What `Dispatcher.submit` answers: a Ticket (go), a Refusal (answer this), or Held (queued; the callback brings one of the two)."""
+"""What `Dispatcher.submit` answers: a Ticket (go), a Refusal (answer this), or Held (queued; the callback brings one of the two).
+
+An Arrival is a request as routing sees it, the same object through holding and retries; a Ticket is one try of it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kvfleet_api.fleetconfig import PolicyConfig
     from kvfleet_router.core.decisions import Decision
     from kvfleet_router.core.parse import ParsedRequest
+    from kvfleet_router.core.routes import Lane
     from kvfleet_router.core.worker import Worker
 
 PENDING, DECODING, CLOSED = range(3)
 """A ticket's phases: sent but no first token yet; producing tokens; finished, abandoned or retried."""
+
+
+@dataclass(slots=True, eq=False)
+class Arrival:
+    """A request to be routed. Policies read it."""
+
+    parsed: ParsedRequest
+    request_id: str
+    lane: Lane
+    """The policy and pools that take it."""
+    arrived_at: float
+    deadline: float
+    """When its first token is due by the policy's SLO."""
+    prompt_tokens: float
+    """Estimated, unless the request says."""
+    expected_output_tokens: float
+    block_tokens: float
+    """Tokens in a block of this prompt."""
+    blocks: list[int]
+    """Chained hashes of the prompt's blocks; empty when the policy does not look at prefixes."""
+    decision: Decision
+    load: float = 0.0
+    """How busy the lane's pools are: 0 idle, 1 at the SLO's edge."""
+    attempt: int = 0
+    excluded: tuple[str, ...] = ()
+    """Workers that failed this request before."""
 
 
 @dataclass(slots=True, eq=False)
@@ -26,35 +56,37 @@ class Ticket:
     worker: Worker
     policy: PolicyConfig
     parsed: ParsedRequest
+    arrival: Arrival
     sent_at: float
     predicted_ttft_s: float
+    """From now on: the time the request was held is not in it."""
     attempt: int
     """0 for the first try."""
-    decision: Decision
     prompt_tokens: float
     """Estimated, unless the request says."""
     cached_tokens: float
     """Of them, expected in the worker's prefix cache."""
-    expected_output_tokens: float
     prefill_s: float
     """Predicted prefill time of the uncached tokens, uncalibrated, alone on the worker."""
     joules: float
     """Predicted marginal energy."""
-    hashes: list[int]
     first_token_at: float | None = None
     chunks: int = 0
+    """Body chunks received: engines send one for each token of a stream."""
     phase: int = PENDING
     presumed: bool = False
     """The decode phase began by prediction, not by an observed token."""
+    pinned: list[int] = field(default_factory=list)
+    """Blocks pinned in the worker's cache, in the cache's `pin_epoch`."""
+    pin_epoch: int = 0
+    new_from_block: int = 0
+    """Blocks from this one on were in nobody's prompt on the worker before."""
+    loose_tokens: float = 0.0
+    """Prompt tokens outside the pinned blocks."""
     tokens_at_start: float = 0.0
     sequence_seconds_at_start: float = 0.0
+    context_token_seconds_at_start: float = 0.0
     prefill_seconds_at_start: float = 0.0
-    predicted_prefill_s: float = 0.0
-    decode_overhead_s: float = 0.0
-    new_from_block: int = 0
-    """Blocks from this one on were added to the index by this ticket."""
-    excluded: tuple[str, ...] = ()
-    """Workers that failed this request before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,22 +103,16 @@ class Refusal:
 
 @dataclass(slots=True, eq=False)
 class Held:
-    """A request waiting in the router's queue. Opaque to callers, but for `cancel`."""
+    """A request waiting in the router's queue. Opaque to callers, but for `Dispatcher.cancel`."""
 
-    parsed: ParsedRequest
-    request_id: str
-    policy: PolicyConfig
+    arrival: Arrival
     on_assigned: Callable[[Ticket | Refusal], None]
-    arrived_at: float
     held_since: float
-    deadline: float
-    """When its first token is due."""
     expires_at: float
     """When it is refused."""
-    decision: Decision
+    order: tuple[int, int, float, int] = (0, 0, 0.0, 0)
+    """Its place in the queue: priority, hopeless, deadline or arrival, sequence number."""
     own_s: float = 0.0
-    """Last estimate of its own prefill time."""
-    attempt: int = 0
-    excluded: tuple[str, ...] = ()
+    """Its own prefill time as of the last decision."""
     waiting: bool = True
     """False once called back or cancelled."""

@@ -1,8 +1,32 @@
-"""One worker as the router knows it. (skeleton: public attributes are final)"""
+"""One worker as the router knows it: exact accounting of what this router sent there, and what follows from it.
+
+The dispatcher's events are the only writers (`sent`, `first_token`, `left`); policies only read. Each event brings the
+worker up to date and recomputes the figures that depend on the worker alone, so that scoring a request against a worker
+is a few multiplications (see predict.py). Nothing here comes from the engine's own metrics, which are late and lie.
+
+Decoding sequences all grow by one token a step, so their generated tokens are one counter per worker: V, the tokens a
+sequence has produced since the counter began. A sequence that started at V0 has V − V0 tokens; the sum over n sequences
+is n·V − ΣV0. When the worker falls idle every sum is set to zero, so rounding cannot add up.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import exp
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from kvfleet_router.core.breaker import Breaker
+from kvfleet_router.core.ticket import CLOSED, DECODING, PENDING, Ticket
+
+if TYPE_CHECKING:
+    from kvfleet_router.core.index import WorkerCache
+    from kvfleet_router.core.pool import Pool
+
+PREFILL_SHARE_WINDOW_S = 20.0
+MIN_CALIBRATION_TOKENS = 8
+MIN_STEP_S = 1e-5
+"""Keeps divisors positive where a profile says nothing takes time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,17 +41,284 @@ class WorkerEndpoint:
 
 
 class Worker:
-    name: str
-    url: str
-    host: str
-    port: int
-    pool: str
-    ready: bool
-    terminating: bool
-    in_flight: int
-    """Requests sent and not finished."""
+    """Identity, health, accounting. Attributes below the line are derived: `_refresh` writes them after each event."""
+
+    __slots__ = (
+        "_at",
+        "_boundary_exact",
+        "_decode_prompt_tokens",
+        "_generated_offset",
+        "_last_first_token",
+        "_loose_tokens",
+        "_pending",
+        "_pending_raw_s",
+        "_stale",
+        "_tokens_per_sequence",
+        "backlog_s",
+        "breaker",
+        "cache",
+        "calibration",
+        "context_token_joules",
+        "context_token_seconds",
+        "context_tokens",
+        "contradictions",
+        "decoding",
+        "endpoint",
+        "fixed_step_joules",
+        "head_prefill_s",
+        "head_since",
+        "host",
+        "in_flight",
+        "inflation",
+        "kv_free_tokens",
+        "kv_tokens",
+        "kv_used_tokens",
+        "max_sequences",
+        "name",
+        "pending",
+        "pending_uncached_tokens",
+        "pool",
+        "pool_state",
+        "port",
+        "prefill_s_per_token",
+        "prefill_s_per_token_pair",
+        "prefill_seconds",
+        "prefill_share",
+        "prefill_share_at",
+        "prefill_token_joules",
+        "removed",
+        "sent_requests",
+        "sequence_seconds",
+        "step_now_s",
+        "step_s",
+        "step_s_per_context_token",
+        "step_s_per_sequence",
+        "step_tokens_s",
+        "tail_used_at",
+        "token_joules",
+        "url",
+    )
+
+    def __init__(
+        self, endpoint: WorkerEndpoint, pool: Pool, cache: WorkerCache, stale: set[Worker], now: float
+    ) -> None:
+        self.endpoint = endpoint
+        self.name = endpoint.name
+        self.url = endpoint.url
+        address = urlsplit(endpoint.url)
+        self.host = address.hostname or ""
+        self.port = address.port or 80
+        self.pool = pool.name
+        self.pool_state = pool
+        self.cache = cache
+        self._stale = stale
+        self.calibration = pool.calibration.child()
+        self.breaker = Breaker()
+        self.removed = False
+        self.contradictions = 0
+        """Reports in a row that an expected prefix was not cached."""
+
+        self.in_flight = 0
+        """Requests sent and not finished."""
+        self.sent_requests = 0
+        """Requests ever sent: round robin goes by it."""
+        self.pending = 0
+        """Sequences without a first token yet."""
+        self.pending_uncached_tokens = 0.0
+        self.decoding = 0
+        """Sequences producing tokens."""
+        self.sequence_seconds = 0.0
+        """Integral of `decoding` over time."""
+        self.context_token_seconds = 0.0
+        """Integral of `context_tokens` over time."""
+        self.prefill_seconds = 0.0
+        """Prefill time ever spent, calibrated."""
+        self.prefill_share = 0.0
+        """Share of time spent in prefill over the last PREFILL_SHARE_WINDOW_S, as of `prefill_share_at`."""
+        self.prefill_share_at = now
+        self.head_since = now
+        """When the prefill now running began."""
+        self._pending: dict[int, Ticket] = {}
+        self._pending_raw_s = 0.0
+        self._loose_tokens = 0.0  # prompt tokens in flight outside pinned blocks
+        self._decode_prompt_tokens = 0.0
+        self._generated_offset = 0.0
+        self._tokens_per_sequence = 0.0
+        self._last_first_token = now
+        self._boundary_exact = True
+        self._at = now
+        self.adopt_costs()
+
+    # -- health ---------------------------------------------------------------------------------------------------------
 
     @property
     def state(self) -> str:
         """ready | not_ready | terminating | ejected (circuit open)."""
-        raise NotImplementedError
+        if self.endpoint.terminating or self.removed:
+            return "terminating"
+        if not self.endpoint.ready:
+            return "not_ready"
+        return "ready" if self.breaker.open_until is None else "ejected"
+
+    @property
+    def assignable(self) -> bool:
+        """May get new requests, its circuit breaker aside."""
+        return self.endpoint.ready and not self.endpoint.terminating and not self.removed
+
+    # -- events ---------------------------------------------------------------------------------------------------------
+
+    def sent(self, ticket: Ticket, now: float) -> None:
+        """A request was dispatched here. Its blocks are pinned and loose tokens counted until `left`."""
+        self._advance(now)
+        if not self._pending:
+            self.head_since = now
+        self._pending[id(ticket)] = ticket
+        self._pending_raw_s += ticket.prefill_s
+        self.pending += ticket.parsed.sequences
+        self.pending_uncached_tokens += ticket.prompt_tokens - ticket.cached_tokens
+        self._loose_tokens += ticket.loose_tokens
+        self.in_flight += 1
+        self.sent_requests += 1
+        self._refresh()
+
+    def first_token(self, ticket: Ticket, now: float, *, presumed: bool) -> None:
+        """The ticket's prefill ended: observed, or presumed for an answer that does not stream."""
+        self._advance(now)
+        if not presumed:
+            self._calibrate_prefill(ticket, now)
+        self._end_prefill(ticket)
+        self._last_first_token = self.head_since = now
+        self._boundary_exact = not presumed
+        prefill_s = ticket.prefill_s * self.calibration.prefill_factor
+        self.prefill_seconds += prefill_s
+        decayed = self.prefill_share * exp((self.prefill_share_at - now) / PREFILL_SHARE_WINDOW_S)
+        self.prefill_share = decayed + prefill_s / PREFILL_SHARE_WINDOW_S
+        self.prefill_share_at = now
+        ticket.phase = DECODING
+        ticket.presumed = presumed
+        ticket.tokens_at_start = self._tokens_per_sequence
+        ticket.sequence_seconds_at_start = self.sequence_seconds
+        ticket.context_token_seconds_at_start = self.context_token_seconds
+        ticket.prefill_seconds_at_start = self.prefill_seconds
+        sequences = ticket.parsed.sequences
+        self.decoding += sequences
+        self._decode_prompt_tokens += ticket.prompt_tokens
+        self._generated_offset += sequences * self._tokens_per_sequence
+        self._refresh()
+
+    def left(self, ticket: Ticket, now: float) -> None:
+        """The ticket finished, failed, or its client went away."""
+        self._advance(now)
+        if ticket.phase == PENDING:
+            was_head = next(iter(self._pending)) == id(ticket)
+            self._end_prefill(ticket)
+            if was_head:
+                self.head_since = now
+        elif ticket.phase == DECODING:
+            sequences = ticket.parsed.sequences
+            self.decoding -= sequences
+            self._decode_prompt_tokens -= ticket.prompt_tokens
+            self._generated_offset -= sequences * ticket.tokens_at_start
+        ticket.phase = CLOSED
+        self._loose_tokens -= ticket.loose_tokens
+        self.in_flight -= 1
+        if not self.in_flight:
+            self._loose_tokens = self._tokens_per_sequence = 0.0
+        if not self.decoding:
+            self._decode_prompt_tokens = self._generated_offset = 0.0
+        self._refresh()
+
+    def earlier_presumable(self, ticket: Ticket) -> list[Ticket]:
+        """Answers that do not stream and were sent before `ticket`: engines prefill in order, so theirs are done too."""
+        earlier = []
+        for other in self._pending.values():
+            if other is ticket:
+                break
+            if not other.parsed.stream:
+                earlier.append(other)
+        return earlier
+
+    def calibrate_decode(self, ticket: Ticket, tokens: int, now: float) -> None:
+        """Learn W and H from a finished stream: its mean step, prefill interruptions and context time taken off."""
+        if ticket.presumed or ticket.first_token_at is None or tokens < MIN_CALIBRATION_TOKENS:
+            return
+        duration = now - ticket.first_token_at
+        if duration <= 0:
+            return
+        in_prefill = min((self.prefill_seconds - ticket.prefill_seconds_at_start) / duration, 0.9)
+        sequences = (self.sequence_seconds - ticket.sequence_seconds_at_start) / duration
+        context = (self.context_token_seconds - ticket.context_token_seconds_at_start) / duration
+        step = duration / (tokens - 1) * (1.0 - in_prefill) - self.step_s_per_context_token * context
+        if step > 0:
+            self.calibration.observe_steps(sequences, step)
+            self.pool_state.calibration.observe_steps(sequences, step)
+            self.adopt_costs()
+
+    def adopt_costs(self) -> None:
+        """Take the pool's cost model and this worker's calibration into the figures policies read."""
+        cost, learned = self.pool_state.cost, self.calibration
+        self.step_s = learned.step_s
+        self.step_s_per_sequence = learned.step_s_per_sequence
+        self.step_s_per_context_token = cost.step_s_per_context_token
+        self.prefill_s_per_token = learned.prefill_factor * cost.prefill_s_per_token
+        self.prefill_s_per_token_pair = learned.prefill_factor * cost.prefill_s_per_token_pair
+        self.step_tokens_s = max(cost.max_step_tokens * self.prefill_s_per_token, MIN_STEP_S)
+        self.kv_tokens = float(cost.kv_tokens)
+        self.max_sequences = cost.max_sequences
+        self.prefill_token_joules = cost.prefill_token_joules
+        self.token_joules = cost.token_joules
+        self.context_token_joules = cost.context_token_joules
+        self.fixed_step_joules = max(cost.step_joules - cost.idle_watts * self.step_s, 0.0)
+        self._refresh()
+
+    # -- inside ---------------------------------------------------------------------------------------------------------
+
+    def _advance(self, now: float) -> None:
+        """Let the decoding sequences grow until now."""
+        passed = now - self._at
+        if passed <= 0:
+            return
+        self._at = now
+        if self.decoding:
+            self.sequence_seconds += self.decoding * passed
+            self.context_token_seconds += self.context_tokens * passed
+            self._tokens_per_sequence += passed * (1.0 - min(self.prefill_share, 0.9)) / self.step_now_s
+
+    def _end_prefill(self, ticket: Ticket) -> None:
+        del self._pending[id(ticket)]
+        self._pending_raw_s -= ticket.prefill_s
+        self.pending -= ticket.parsed.sequences
+        self.pending_uncached_tokens -= ticket.prompt_tokens - ticket.cached_tokens
+        if not self._pending:
+            self._pending_raw_s = self.pending_uncached_tokens = 0.0
+
+    def _calibrate_prefill(self, ticket: Ticket, now: float) -> None:
+        """Observed: the time since the engine could begin with it, less the decode steps in between."""
+        if not self._boundary_exact and self._last_first_token > ticket.sent_at:
+            return
+        if self.kv_used_tokens > self.kv_tokens or self.decoding + self.pending > self.max_sequences:
+            return  # it waited for room, not for compute
+        raw_step_tokens_s = self.step_tokens_s / self.calibration.prefill_factor
+        steps = 1.0 + ticket.prefill_s / raw_step_tokens_s
+        observed = now - max(ticket.sent_at, self._last_first_token) - steps * self.step_now_s
+        observed = min(observed, 0.1 + 8.0 * self.calibration.prefill_factor * ticket.prefill_s)
+        self.calibration.observe_prefill(ticket.prefill_s, observed)
+        self.pool_state.calibration.observe_prefill(ticket.prefill_s, observed)
+        self.adopt_costs()
+
+    def _refresh(self) -> None:
+        """Recompute what depends on the worker alone."""
+        generated = max(self.decoding * self._tokens_per_sequence - self._generated_offset, 0.0)
+        self.context_tokens = self._decode_prompt_tokens + generated
+        in_step = self.step_s_per_sequence * self.decoding + self.step_s_per_context_token * self.context_tokens
+        self.step_now_s = max(self.step_s + in_step, MIN_STEP_S)
+        self.inflation = 1.0 + self.step_now_s / self.step_tokens_s
+        factor = self.calibration.prefill_factor
+        self.backlog_s = factor * self._pending_raw_s
+        self.head_prefill_s = factor * next(iter(self._pending.values())).prefill_s if self._pending else 0.0
+        block_tokens = self.pool_state.block_tokens
+        in_flight_tokens = self._loose_tokens + generated
+        self.kv_used_tokens = in_flight_tokens + self.cache.pinned_blocks * block_tokens
+        self.kv_free_tokens = self.kv_tokens - in_flight_tokens - len(self.cache) * block_tokens
+        self.tail_used_at = self.cache.tail_used_at
+        self._stale.add(self)

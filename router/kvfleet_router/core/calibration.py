@@ -1,0 +1,161 @@
+"""What the router learns from finished requests: how fast workers really are, how long prompts and answers are.
+
+    prefill   g = observed / predicted prefill time, sums that fade by 1 % a sample
+    decode    W and H of the step time W + H·n, by fading least squares over (sequences in the step, step time)
+    prompts   bytes per token of a model, from the engine's reported prompt_tokens
+    answers   mean output length per model and tenant
+
+Every estimate starts from a prior (the AcceleratorProfile's figures, or what the pool's other workers taught) that counts
+as a few samples, so that one odd request moves little, and stays within bounds that no real engine leaves.
+"""
+
+from __future__ import annotations
+
+FADE = 0.99
+"""Weight of the past at each sample: the last hundred samples or so count."""
+
+PREFILL_PRIOR_S = 0.5
+"""The prior counts as this much observed prefill time."""
+PREFILL_FACTOR_BOUNDS = (0.05, 20.0)
+
+STEP_PRIOR_SAMPLES = 4.0
+STEP_PRIOR_SEQUENCES = (1.0, 32.0)
+"""The step-time prior counts as samples at these numbers of sequences: it fixes both W and H."""
+STEP_FACTOR_BOUNDS = (0.1, 10.0)
+
+DEFAULT_BYTES_PER_TOKEN = 4.0
+BYTES_PER_TOKEN_BOUNDS = (0.5, 32.0)
+TOKEN_PRIOR = 4096.0
+"""The prior of bytes per token counts as this many tokens."""
+
+DEFAULT_OUTPUT_TOKENS = 256.0
+OUTPUT_PRIOR_SAMPLES = 8.0
+MAX_TENANTS = 4096
+
+
+def _within(value: float, bounds: tuple[float, float]) -> float:
+    return min(max(value, bounds[0]), bounds[1])
+
+
+class Calibration:
+    """Prefill factor g and decode coefficients W, H of one worker, or of a pool as the prior of its workers."""
+
+    __slots__ = (
+        "_observed_s",
+        "_predicted_s",
+        "_prior_factor",
+        "_prior_h",
+        "_prior_w",
+        "_profile_h",
+        "_profile_w",
+        "_sums",
+        "decode_error",
+        "decode_samples",
+        "prefill_factor",
+        "prefill_samples",
+        "step_s",
+        "step_s_per_sequence",
+    )
+
+    def __init__(self, step_s: float, step_s_per_sequence: float) -> None:
+        self._profile_w, self._profile_h = step_s, step_s_per_sequence
+        self._prior_w, self._prior_h = step_s, step_s_per_sequence
+        self._prior_factor = 1.0
+        self._observed_s = self._predicted_s = 0.0
+        self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)
+        self.prefill_factor = 1.0
+        self.step_s, self.step_s_per_sequence = step_s, step_s_per_sequence
+        self.prefill_samples = self.decode_samples = 0
+        self.decode_error = 0.0
+        """Mean relative error of the predicted step time, fading."""
+
+    def child(self) -> Calibration:
+        """A worker's calibration, starting from what this pool has learned."""
+        child = Calibration(self._profile_w, self._profile_h)
+        child._prior_factor = child.prefill_factor = self.prefill_factor
+        child._prior_w = child.step_s = self.step_s
+        child._prior_h = child.step_s_per_sequence = self.step_s_per_sequence
+        return child
+
+    def observe_prefill(self, predicted_s: float, observed_s: float) -> None:
+        """A prompt predicted (with factor 1) to prefill in `predicted_s` took `observed_s`."""
+        self._predicted_s = FADE * self._predicted_s + predicted_s
+        self._observed_s = FADE * self._observed_s + max(observed_s, 0.0)
+        ratio = (self._observed_s + PREFILL_PRIOR_S * self._prior_factor) / (self._predicted_s + PREFILL_PRIOR_S)
+        self.prefill_factor = _within(ratio, PREFILL_FACTOR_BOUNDS)
+        self.prefill_samples += 1
+
+    def observe_steps(self, sequences: float, step_s: float) -> None:
+        """Steps with `sequences` on average took `step_s` each, context and prefill time taken off."""
+        predicted = self.step_s + self.step_s_per_sequence * sequences
+        self.decode_error += 0.05 * (abs(step_s - predicted) / max(predicted, 1e-9) - self.decode_error)
+        count, n, nn, y, ny = self._sums
+        self._sums = (
+            FADE * count + 1.0,
+            FADE * n + sequences,
+            FADE * nn + sequences * sequences,
+            FADE * y + step_s,
+            FADE * ny + sequences * step_s,
+        )
+        self._solve()
+        self.decode_samples += 1
+
+    def _solve(self) -> None:
+        """Least squares over the samples and the prior's; H from the spread, W from the mean."""
+        count, n, nn, y, ny = self._sums
+        for sequences in STEP_PRIOR_SEQUENCES:
+            prior = self._prior_w + self._prior_h * sequences
+            count += STEP_PRIOR_SAMPLES
+            n += STEP_PRIOR_SAMPLES * sequences
+            nn += STEP_PRIOR_SAMPLES * sequences * sequences
+            y += STEP_PRIOR_SAMPLES * prior
+            ny += STEP_PRIOR_SAMPLES * sequences * prior
+        slope = (count * ny - n * y) / (count * nn - n * n)  # the prior's two places keep the divisor positive
+        low, high = STEP_FACTOR_BOUNDS
+        h = _within(slope, (low * self._profile_h, high * self._profile_h))
+        self.step_s_per_sequence = h
+        self.step_s = _within((y - h * n) / count, (low * self._profile_w, high * self._profile_w))
+
+
+class TokenRatio:
+    """Bytes per token of one model's prompts."""
+
+    __slots__ = ("_bytes", "_tokens", "bytes_per_token")
+
+    def __init__(self) -> None:
+        self._bytes = self._tokens = 0.0
+        self.bytes_per_token = DEFAULT_BYTES_PER_TOKEN
+
+    def observe(self, prompt_bytes: int, prompt_tokens: int) -> None:
+        self._bytes = FADE * self._bytes + prompt_bytes
+        self._tokens = FADE * self._tokens + prompt_tokens
+        ratio = (self._bytes + TOKEN_PRIOR * DEFAULT_BYTES_PER_TOKEN) / (self._tokens + TOKEN_PRIOR)
+        self.bytes_per_token = _within(ratio, BYTES_PER_TOKEN_BOUNDS)
+
+
+class OutputLengths:
+    """Mean output tokens of one model's answers, overall and per tenant (at most MAX_TENANTS, oldest forgotten)."""
+
+    __slots__ = ("_samples", "_tenants", "_total", "mean")
+
+    def __init__(self) -> None:
+        self.mean = DEFAULT_OUTPUT_TOKENS
+        self._samples = self._total = 0.0
+        self._tenants: dict[str, tuple[float, float]] = {}  # tenant -> (samples, sum of tokens), fading
+
+    def observe(self, tenant: str, tokens: int) -> None:
+        self._samples = FADE * self._samples + 1.0
+        self._total = FADE * self._total + tokens
+        self.mean = (self._total + OUTPUT_PRIOR_SAMPLES * DEFAULT_OUTPUT_TOKENS) / (
+            self._samples + OUTPUT_PRIOR_SAMPLES
+        )
+        if tenant not in self._tenants and len(self._tenants) >= MAX_TENANTS:
+            del self._tenants[next(iter(self._tenants))]
+        samples, total = self._tenants.get(tenant, (0.0, 0.0))
+        self._tenants[tenant] = (FADE * samples + 1.0, FADE * total + tokens)
+
+    def expect(self, tenant: str, limit: int | None) -> float:
+        """Tokens the next answer for this tenant will have, most likely."""
+        samples, total = self._tenants.get(tenant, (0.0, 0.0))
+        mean = (total + OUTPUT_PRIOR_SAMPLES * self.mean) / (samples + OUTPUT_PRIOR_SAMPLES)
+        return max(mean if limit is None else min(mean, float(limit)), 1.0)

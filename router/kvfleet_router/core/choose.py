@@ -1,0 +1,94 @@
+"""Chooses a worker: look the prompt up, score every candidate, take the least cost, let chance decide between equals.
+
+Few candidates are scored one by one in Python; many at once in numpy, with the same formulas and the same choice.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from kvfleet_router.core.columns import Table, spread
+from kvfleet_router.core.decisions import MAX_CANDIDATES
+from kvfleet_router.core.index import Match, PrefixIndex
+from kvfleet_router.core.policy import Policy
+from kvfleet_router.core.routes import Candidates
+from kvfleet_router.core.ticket import Arrival
+from kvfleet_router.core.worker import Worker
+
+Scored = tuple[str, float, tuple[float, ...]]
+"""(worker, cached tokens, parts of its cost), as decisions keep it."""
+
+
+class Choice(NamedTuple):
+    worker: Worker
+    cached_tokens: float
+    cached_blocks: int
+    cost: float
+    scored: tuple[Scored, ...]
+    """The best candidates, in no order."""
+    candidate_count: int
+
+
+def choose(
+    arrival: Arrival, candidates: Candidates, index: PrefixIndex, table: Table, rng: random.Random, now: float
+) -> Choice:
+    """The worker that costs least for this request; `candidates` must not be empty."""
+    policy = arrival.lane.policy
+    match = index.match(arrival.blocks) if arrival.blocks else []
+    if policy.columns_from is not None and len(candidates.workers) >= policy.columns_from:
+        return _choose_by_columns(arrival, policy, candidates, match, table, rng, now)
+    workers = policy.shortlist(candidates.workers, rng)
+    return _choose_one_by_one(arrival, policy, workers, match, rng, now)
+
+
+def _choose_one_by_one(
+    arrival: Arrival, policy: Policy, workers: Sequence[Worker], match: Match, rng: random.Random, now: float
+) -> Choice:
+    score = policy.score
+    cached, depths = [0.0] * len(workers), [0] * len(workers)
+    if match:
+        block_tokens, most = arrival.block_tokens, arrival.prompt_tokens - 1.0
+        for place, worker in enumerate(workers):
+            bit = worker.cache.bit
+            for mask, blocks in match:
+                if mask & bit:
+                    depths[place] = blocks
+                    cached[place] = min(blocks * block_tokens, most)  # the engine computes the last token in any case
+                    break
+    scores = [score(arrival, worker, tokens, now) for worker, tokens in zip(workers, cached, strict=True)]
+    costs = [sum(parts) for parts in scores]
+    least = min(costs)
+    equals = [place for place, cost in enumerate(costs) if cost <= least + policy.tie]
+    winner = equals[0] if len(equals) == 1 else equals[int(rng.random() * len(equals))]
+    kept: Sequence[int] = range(len(workers))
+    if len(workers) > MAX_CANDIDATES:
+        kept = sorted(kept, key=costs.__getitem__)[:MAX_CANDIDATES]
+    scored = tuple([(workers[place].name, cached[place], scores[place]) for place in kept])
+    return Choice(workers[winner], cached[winner], depths[winner], costs[winner], scored, len(workers))
+
+
+def _choose_by_columns(
+    arrival: Arrival, policy: Policy, candidates: Candidates, match: Match, table: Table, rng: random.Random, now: float
+) -> Choice:
+    workers, slots = candidates.workers, candidates.slots
+    most = arrival.prompt_tokens - 1.0
+    depths = spread(match, slots, candidates.mask.bit_length())
+    cached = np.minimum(depths * arrival.block_tokens, most)
+    parts = np.array(policy.score_many(arrival, table.columns(slots), cached, now))
+    costs = parts.sum(axis=0)
+    equals = np.flatnonzero(costs <= costs.min() + policy.tie)
+    winner = int(equals[0] if len(equals) == 1 else equals[int(rng.random() * len(equals))])
+    kept = (
+        np.argpartition(costs, MAX_CANDIDATES - 1)[:MAX_CANDIDATES]
+        if len(workers) > MAX_CANDIDATES
+        else np.arange(len(workers))
+    )
+    rows = zip(kept.tolist(), cached[kept].tolist(), parts[:, kept].T.tolist(), strict=True)
+    scored = tuple([(workers[place].name, tokens, tuple(score)) for place, tokens, score in rows])
+    return Choice(
+        workers[winner], float(cached[winner]), int(depths[winner]), float(costs[winner]), scored, len(workers)
+    )

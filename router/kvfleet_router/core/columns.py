@@ -1,0 +1,83 @@
+"""Workers' figures as numpy columns, for fleets where scoring worker by worker in Python would take longer.
+
+The workers' own attributes are the truth; a row is copied again when its worker had an event since. One Table serves the
+fleet; `Table.columns(slots)` gathers the candidates of a decision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from kvfleet_router.core.worker import Worker
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(slots=True)
+class Columns:
+    """The attributes of Worker with these names, over the candidates in their order."""
+
+    backlog_s: Array
+    head_since: Array
+    head_prefill_s: Array
+    inflation: Array
+    step_now_s: Array
+    step_s_per_sequence: Array
+    step_s_per_context_token: Array
+    context_tokens: Array
+    prefill_s_per_token: Array
+    prefill_s_per_token_pair: Array
+    prefill_share: Array
+    prefill_share_at: Array
+    pending: Array
+    decoding: Array
+    max_sequences: Array
+    kv_tokens: Array
+    kv_used_tokens: Array
+    kv_free_tokens: Array
+    tail_used_at: Array
+    prefill_token_joules: Array
+    token_joules: Array
+    context_token_joules: Array
+    fixed_step_joules: Array
+
+
+FIELDS = tuple(field.name for field in fields(Columns))
+_row = attrgetter(*FIELDS)
+
+
+class Table:
+    """Rows of all workers by slot, refreshed when read."""
+
+    def __init__(self) -> None:
+        self.stale: set[Worker] = set()
+        """Workers whose figures changed since their row was written."""
+        self._rows: Array = np.zeros((len(FIELDS), 64))
+
+    def columns(self, slots: npt.NDArray[np.intp]) -> Columns:
+        for worker in self.stale:
+            if worker.removed:
+                continue  # its slot may be another's by now
+            slot = worker.cache.slot
+            if slot >= self._rows.shape[1]:
+                self._rows = np.pad(self._rows, ((0, 0), (0, max(slot + 1 - self._rows.shape[1], self._rows.shape[1]))))
+            self._rows[:, slot] = _row(worker)
+        self.stale.clear()
+        return Columns(*self._rows[:, slots])
+
+
+def spread(masks: Sequence[tuple[int, float]], slots: npt.NDArray[np.intp], size: int) -> Array:
+    """The value of the mask a worker is in, by candidate; 0 for those in none. `size`: more than the highest slot."""
+    by_slot: Array = np.zeros(size)
+    width = (size + 7) // 8
+    for mask, value in masks:
+        bits: Any = np.frombuffer((mask & ((1 << size) - 1)).to_bytes(width, "little"), dtype=np.uint8)
+        by_slot[np.unpackbits(bits, count=size, bitorder="little").view(bool)] = value
+    return by_slot[slots]

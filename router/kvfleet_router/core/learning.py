@@ -1,0 +1,39 @@
+"""What a finished request teaches: about its model's prompts and answers, its worker's steps, and its worker's cache."""
+
+from __future__ import annotations
+
+from kvfleet_router.core.calibration import FADE
+from kvfleet_router.core.ticket import Ticket
+
+CONTRADICTIONS_TO_FORGET = 3
+"""Reports in a row that next to nothing of a long expected prefix was cached: the view of the worker's cache is wrong."""
+CONTRADICTION_TOKENS = 1024
+STREAM_OVERHEAD_CHUNKS = 2
+"""Chunks of a stream that carry no token: the role at the beginning, the end mark."""
+
+
+def learn(
+    ticket: Ticket, output_tokens: int | None, prompt_tokens: int | None, cached_tokens: int | None, now: float
+) -> None:
+    """Take in what the engine reported; without a report, a stream's chunks stand for its tokens."""
+    parsed, worker = ticket.parsed, ticket.worker
+    pool = worker.pool_state
+    tokens = output_tokens
+    if tokens is None and parsed.stream:
+        tokens = ticket.chunks - STREAM_OVERHEAD_CHUNKS
+    if tokens is not None and tokens > 0:
+        tokens = max(tokens // parsed.sequences, 1)
+        pool.stats.outputs.observe(parsed.tenant, tokens)
+        if parsed.stream:
+            worker.calibrate_decode(ticket, tokens, now)
+    if prompt_tokens is not None and prompt_tokens > 0:
+        pool.stats.mean_prompt_tokens += (1.0 - FADE) * (prompt_tokens - pool.stats.mean_prompt_tokens)
+        if parsed.prompt_tokens is None and parsed.prompt_bytes:
+            pool.stats.ratio.observe(parsed.prompt_bytes, prompt_tokens)
+            pool.fit_blocks_if_moved()
+    if cached_tokens is not None and ticket.cached_tokens >= CONTRADICTION_TOKENS:
+        wrong = cached_tokens < 0.1 * ticket.cached_tokens
+        worker.contradictions = worker.contradictions + 1 if wrong else 0
+        if worker.contradictions >= CONTRADICTIONS_TO_FORGET:
+            worker.contradictions = 0
+            worker.cache.clear()

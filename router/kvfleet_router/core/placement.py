@@ -1,0 +1,253 @@
+"""Places arrivals: decide, assign, hold, and decide again when there is room.
+
+A request is held when no worker has room (limits, a pool at zero, the power budget), or when the best worker's backlog is
+longer than the policy's θ: then waiting costs nothing and leaves the choice open. Held requests are decided again in their
+order (holdqueue.py) whenever an event makes room, and from `Dispatcher.tick`. A newcomer never overtakes its lane's queue.
+
+Callbacks go through an outbox that is emptied once the state is settled; a callback may call the dispatcher again.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable
+from heapq import heappop, heappush
+from math import ceil
+
+from kvfleet_router.core.choose import Choice, choose
+from kvfleet_router.core.decisions import Outcome, Try
+from kvfleet_router.core.energy import marginal_joules, watts
+from kvfleet_router.core.holdqueue import HoldQueue
+from kvfleet_router.core.pool import Fleet
+from kvfleet_router.core.predict import backlog_s, ttft_parts
+from kvfleet_router.core.routes import Candidates, Lane
+from kvfleet_router.core.ticket import PENDING, Arrival, Held, Refusal, Ticket
+from kvfleet_router.core.worker import Worker
+
+OnAssigned = Callable[[Ticket | Refusal], None]
+
+TRIES_PER_PUMP = 16
+"""Held requests of a lane decided again at one event: bounds the work."""
+RETRY_AFTER_BOUNDS_S = (1, 60)
+
+
+class Placement:
+    """Where arrivals go, and who waits."""
+
+    def __init__(self, fleet: Fleet, rng: random.Random) -> None:
+        self.queue = HoldQueue()
+        self._fleet = fleet
+        self._rng = rng
+        self._outbox: deque[tuple[OnAssigned, Ticket | Refusal]] = deque()
+        self._delivering = False
+        self._presumable: list[tuple[float, int, Ticket]] = []
+        self._assigned = 0
+        self._assigned_at = 0.0
+        self._interval_s = 0.1
+
+    # -- in ---------------------------------------------------------------------------------------------------------------
+
+    def place(self, arrival: Arrival, on_assigned: OnAssigned, now: float) -> Ticket | Refusal | Held:
+        """A worker now, a place in the queue, or neither."""
+        lane = arrival.lane
+        if not self.queue.waiting(lane):
+            decided = self._decide(arrival, now)
+            if not isinstance(decided, float):
+                return decided
+            return self._hold(arrival, on_assigned, decided, now)
+        held = self._hold(arrival, on_assigned, 0.0, now)
+        if isinstance(held, Refusal):
+            return held
+        for other, result in self._decide_held(lane, now):
+            if other is held:
+                return result
+            self._outbox.append((other.on_assigned, result))
+        return held
+
+    def requeue(self, held: Held, lane: Lane | Refusal, now: float) -> None:
+        """The configuration changed while it waited."""
+        self.queue.remove(held)
+        if isinstance(lane, Refusal):
+            self.dismiss(held, lane, now)
+            return
+        held.arrival.lane = lane
+        held.waiting = True
+        leaver = self.queue.add(held)
+        if leaver is not None:
+            self.dismiss(leaver, self._overloaded(leaver.arrival), now)
+
+    def dismiss(self, held: Held, refusal: Refusal, now: float) -> None:
+        """Refuse a request that waited and is out of the queue."""
+        held.waiting = False
+        self.record_refusal(held.arrival, refusal, now)
+        self._outbox.append((held.on_assigned, refusal))
+
+    def expire(self, now: float) -> None:
+        """Refuse whoever waited too long."""
+        for held in self.queue.expired(now):
+            self.queue.remove(held)
+            message = f"No worker had room within {now - held.held_since:.0f} s"
+            self.dismiss(
+                held, Refusal(503, "queue_timeout", message, self._retry_after_s(), "service_unavailable"), now
+            )
+
+    # -- again ------------------------------------------------------------------------------------------------------------
+
+    def pump(self, worker: Worker | None, now: float) -> None:
+        """Something made room, on this worker or anywhere: decide held requests again, then call back."""
+        if self.queue:
+            for lane in self.queue.lanes():
+                if worker is None or worker.pool_state in lane.pools:
+                    for held, result in self._decide_held(lane, now):
+                        self._outbox.append((held.on_assigned, result))
+        self.deliver()
+
+    def deliver(self) -> None:
+        """Call back, once the state is settled. A callback may end up here again: this loop takes its results too."""
+        if self._delivering or not self._outbox:
+            return
+        self._delivering = True
+        try:
+            while self._outbox:
+                on_assigned, result = self._outbox.popleft()
+                on_assigned(result)
+        finally:
+            self._delivering = False
+
+    def presume(self, now: float) -> None:
+        """Answers that do not stream: those whose first token is due have it."""
+        while self._presumable and self._presumable[0][0] <= now:
+            ticket = heappop(self._presumable)[2]
+            if ticket.phase == PENDING:
+                ticket.worker.first_token(ticket, now, presumed=True)
+
+    def next_presumed(self) -> float | None:
+        return self._presumable[0][0] if self._presumable else None
+
+    def record_refusal(self, arrival: Arrival, refusal: Refusal, now: float) -> None:
+        arrival.decision.outcome = Outcome(now, "refused", refusal.code)
+
+    # -- inside -----------------------------------------------------------------------------------------------------------
+
+    def _decide(self, arrival: Arrival, now: float) -> Ticket | Refusal | float:
+        """A float: not now; its own prefill time, as far as known."""
+        lane = arrival.lane
+        config, policy = lane.config, lane.policy
+        candidates = lane.candidates(arrival, self._rng)
+        if candidates is None:
+            resort = lane.last_resort(arrival)
+            if resort is None:
+                return 0.0
+            if isinstance(resort, Refusal):
+                self.record_refusal(arrival, resort, now)
+                return resort
+            candidates = resort
+        if config.energy_mode != "Off":
+            arrival.load = max(pool.load for pool in lane.pools)
+            if config.energy_mode == "Strict" and config.max_watts is not None:
+                within = _within_power(candidates, lane, config.max_watts)
+                if within is None:
+                    return 0.0
+                candidates = within
+        choice = choose(arrival, candidates, self._fleet.index, self._fleet.table, self._rng, now)
+        backlog, own, step, kv_wait = ttft_parts(arrival, choice.worker, choice.cached_tokens, now)
+        if policy.hold_above_s is not None and backlog > policy.hold_above_s and config.admission.max_queue:
+            return own
+        return self._assign(arrival, choice, backlog + own + step + kv_wait, now)
+
+    def _assign(self, arrival: Arrival, choice: Choice, predicted_ttft_s: float, now: float) -> Ticket:
+        worker, cached = choice.worker, choice.cached_tokens
+        parsed, prompt = arrival.parsed, arrival.prompt_tokens
+        cache = worker.cache
+        pinned = cache.pin(arrival.blocks, now) if arrival.blocks else []
+        joules = marginal_joules(arrival, worker, prompt - cached)
+        ticket = Ticket(
+            arrival.decision.id,
+            arrival.request_id,
+            worker,
+            arrival.lane.config,
+            parsed,
+            arrival,
+            now,
+            predicted_ttft_s,
+            arrival.attempt,
+            prompt,
+            cached,
+            worker.pool_state.cost.prefill_s(prompt - cached, prompt),
+            joules,
+            pinned=pinned,
+            pin_epoch=cache.epoch,
+            new_from_block=choice.cached_blocks,
+            loose_tokens=max(prompt - len(pinned) * arrival.block_tokens, 0.0),
+        )
+        worker.sent(ticket, now)
+        self._assigned += 1
+        if not parsed.stream:
+            heappush(self._presumable, (now + predicted_ttft_s, self._assigned, ticket))
+        self._interval_s += 0.05 * (now - self._assigned_at - self._interval_s)
+        self._assigned_at = now
+        made = Try(now, worker.name, choice.scored, choice.candidate_count, predicted_ttft_s, joules)
+        arrival.decision.tries.append(made)
+        return ticket
+
+    def _hold(self, arrival: Arrival, on_assigned: OnAssigned, own_s: float, now: float) -> Held | Refusal:
+        timeout_s = arrival.lane.config.admission.queue_timeout_seconds
+        held = Held(arrival, on_assigned, now, now + timeout_s, own_s=own_s)
+        leaver = self.queue.add(held)
+        if leaver is held:
+            refusal = self._overloaded(arrival)
+            held.waiting = False
+            self.record_refusal(arrival, refusal, now)
+            return refusal
+        if leaver is not None:
+            self.dismiss(leaver, self._overloaded(leaver.arrival), now)
+        return held
+
+    def _decide_held(self, lane: Lane, now: float) -> list[tuple[Held, Ticket | Refusal]]:
+        """Decide the lane's most urgent requests again; those decided have left the queue."""
+        if not self._has_room(lane, now):
+            return []
+        for held in self.queue.first(lane, TRIES_PER_PUMP):
+            if now + held.own_s > held.arrival.deadline:
+                self.queue.give_up_hope(held)
+        decided = []
+        for held in self.queue.first(lane, TRIES_PER_PUMP):
+            result = self._decide(held.arrival, now)
+            if isinstance(result, float):
+                held.own_s = result
+                continue
+            self.queue.remove(held)
+            decided.append((held, result))
+            if not self._has_room(lane, now):
+                break
+        return decided
+
+    def _has_room(self, lane: Lane, now: float) -> bool:
+        """Some worker could begin soon enough not to hold the request: saves deciding in vain."""
+        limit = lane.policy.hold_above_s
+        return limit is None or any(
+            backlog_s(worker, now) <= limit for pool in lane.pools for worker in pool.workers.values()
+        )
+
+    def _overloaded(self, arrival: Arrival) -> Refusal:
+        message = f"The queue of policy {arrival.lane.config.name!r} is full: slow down, or add workers"
+        return Refusal(429, "queue_full", message, self._retry_after_s(), "rate_limit_exceeded")
+
+    def _retry_after_s(self) -> int:
+        """About how long the queue needs to drain at the present pace."""
+        low, high = RETRY_AFTER_BOUNDS_S
+        return min(max(ceil(len(self.queue) * self._interval_s), low), high)
+
+
+def _within_power(candidates: Candidates, lane: Lane, max_watts: float) -> Candidates | None:
+    """The candidates on which one more sequence keeps the lane's pools within their power budget."""
+    spare = max_watts - sum(pool.watts() for pool in lane.pools)
+
+    def added(worker: Worker) -> float:
+        cost, sequences = worker.pool_state.cost, worker.decoding + worker.pending
+        after = watts(cost, sequences + 1, worker.context_tokens, worker.step_now_s + worker.step_s_per_sequence)
+        return after - watts(cost, sequences, worker.context_tokens, worker.step_now_s)
+
+    within = [worker for worker in candidates.workers if added(worker) <= spare]
+    return Candidates(within) if within else None

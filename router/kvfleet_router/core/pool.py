@@ -1,0 +1,181 @@
+"""The fleet as the router knows it: pools, their workers, the prefix index over them, and what models have taught.
+
+A worker keeps its accounting and cache view as long as its name and URL stay the same. `version` counts every change of
+who may get requests; lists of candidates are rebuilt when it moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from kvfleet_api.fleetconfig import PoolConfig
+from kvfleet_router.core.calibration import Calibration, OutputLengths, TokenRatio
+from kvfleet_router.core.columns import Table
+from kvfleet_router.core.energy import pack_target, watts
+from kvfleet_router.core.index import PrefixIndex
+from kvfleet_router.core.worker import Worker, WorkerEndpoint
+
+LOAD_PERIOD_S = 0.25
+RATIO_STEP = 0.05
+"""Cache capacities follow the learned bytes per token in steps of this size."""
+
+
+class ModelStats:
+    """What requests for one model have taught: prompt bytes per token, output lengths, mean prompt."""
+
+    __slots__ = ("mean_prompt_tokens", "outputs", "ratio")
+
+    def __init__(self) -> None:
+        self.ratio = TokenRatio()
+        self.outputs = OutputLengths()
+        self.mean_prompt_tokens = 1024.0
+
+
+class Pool:
+    """One ModelPool's workers and what they share."""
+
+    def __init__(self, config: PoolConfig, stats: ModelStats, block_bytes: int, itl_slo_s: float) -> None:
+        self.name = config.name
+        self.workers: dict[str, Worker] = {}
+        self.load = 0.0
+        """Mean of its workers: 0 idle, 1 at the edge of the ITL SLO."""
+        self.calibration = Calibration(config.cost.step_s, config.cost.step_s_per_sequence)
+        self.cost = config.cost
+        self.adopt(config, stats, block_bytes, itl_slo_s)
+
+    def adopt(self, config: PoolConfig, stats: ModelStats, block_bytes: int, itl_slo_s: float) -> None:
+        """Take a new configuration; workers start learning anew if the cost model is another."""
+        self.config = config
+        self.stats = stats
+        self.block_bytes = block_bytes
+        self.itl_slo_s = itl_slo_s
+        self.served = frozenset([config.model, *config.adapters])
+        if config.cost != self.cost:
+            self.cost = config.cost
+            self.calibration = Calibration(config.cost.step_s, config.cost.step_s_per_sequence)
+            for worker in self.workers.values():
+                worker.calibration = self.calibration.child()
+        self._fit_blocks()
+
+    def fit_blocks_if_moved(self) -> None:
+        """Follow the learned bytes per token once they have moved noticeably."""
+        if abs(self.block_bytes / self.stats.ratio.bytes_per_token / self.block_tokens - 1.0) > RATIO_STEP:
+            self._fit_blocks()
+
+    def _fit_blocks(self) -> None:
+        self.block_tokens = self.block_bytes / self.stats.ratio.bytes_per_token
+        for worker in self.workers.values():
+            worker.cache.capacity_blocks = self.capacity_blocks
+            worker.adopt_costs()
+
+    @property
+    def capacity_blocks(self) -> int:
+        """Blocks a worker's KV cache holds."""
+        return int(self.cost.kv_tokens / self.block_tokens)
+
+    def serves(self, model: str) -> bool:
+        return model in self.served or self.config.model == "*"
+
+    @property
+    def asleep(self) -> bool:
+        """Scaled to zero, and waking up when asked."""
+        return self.config.scales_to_zero and not any(worker.assignable for worker in self.workers.values())
+
+    def refresh_load(self) -> None:
+        loads = [_load(worker, self.itl_slo_s) for worker in self.workers.values() if worker.assignable]
+        self.load = sum(loads) / len(loads) if loads else 0.0
+
+    def pack_target(self) -> int:
+        """[b*] Sequences to fill a worker with before another one is used."""
+        learned = self.calibration
+        context = self.stats.mean_prompt_tokens + self.stats.outputs.mean
+        return pack_target(
+            self.cost,
+            step_s=learned.step_s,
+            step_s_per_sequence=learned.step_s_per_sequence,
+            itl_slo_s=self.itl_slo_s,
+            context_tokens=context,
+        )
+
+    def watts(self) -> float:
+        """What the pool's workers draw by the cost model."""
+        return sum(
+            watts(self.cost, worker.decoding + worker.pending, worker.context_tokens, worker.step_now_s)
+            for worker in self.workers.values()
+        )
+
+
+def _load(worker: Worker, itl_slo_s: float) -> float:
+    """The tightest of: ITL over its SLO, share of time in prefill, KV tokens in use."""
+    span = max(itl_slo_s - worker.step_s, 0.001)
+    itl = worker.step_now_s / max(1.0 - worker.prefill_share, 0.02)
+    load = max((itl - worker.step_s) / span, worker.prefill_share, worker.kv_used_tokens / worker.kv_tokens)
+    return min(max(load, 0.0), 1.0)
+
+
+class Fleet:
+    """All pools by name, one prefix index, one table of columns."""
+
+    def __init__(self) -> None:
+        self.pools: dict[str, Pool] = {}
+        self.index = PrefixIndex()
+        self.table = Table()
+        self.version = 0
+        self.stats: dict[str, ModelStats] = {}
+        self._loads_due = 0.0
+
+    def configure(
+        self, configs: Iterable[PoolConfig], block_bytes: int, itl_slos: dict[str, float], now: float
+    ) -> None:
+        """Pools as configured from now on; those gone lose their workers."""
+        wanted = {config.name: config for config in configs}
+        for name in [name for name in self.pools if name not in wanted]:
+            self.set_endpoints(name, [], now)
+            del self.pools[name]
+        for name, config in wanted.items():
+            stats = self.stats.setdefault(config.model, ModelStats())
+            slo = itl_slos.get(name, 0.05)
+            if name in self.pools:
+                self.pools[name].adopt(config, stats, block_bytes, slo)
+            else:
+                self.pools[name] = Pool(config, stats, block_bytes, slo)
+            if config.endpoints:
+                self.set_endpoints(name, [WorkerEndpoint(e.name, e.url) for e in config.endpoints], now)
+        models = {config.model for config in wanted.values()}
+        self.stats = {model: stats for model, stats in self.stats.items() if model in models}
+        self.version += 1
+
+    def set_endpoints(self, pool_name: str, endpoints: Sequence[WorkerEndpoint], now: float) -> list[Worker]:
+        """The pool's workers from now on; returns those removed. An unknown pool has none."""
+        pool = self.pools.get(pool_name)
+        if pool is None:
+            return []
+        listed = {endpoint.name: endpoint for endpoint in endpoints}
+        removed = []
+        for worker in list(pool.workers.values()):
+            endpoint = listed.get(worker.name)
+            if endpoint is not None and endpoint.url == worker.url:
+                worker.endpoint = endpoint
+                continue
+            worker.removed = True
+            self.index.remove_worker(worker.cache)
+            removed.append(pool.workers.pop(worker.name))
+        turns = min((worker.sent_requests for worker in pool.workers.values()), default=0)
+        for name, endpoint in listed.items():
+            if name not in pool.workers:
+                cache = self.index.add_worker(pool.capacity_blocks)
+                worker = Worker(endpoint, pool, cache, self.table.stale, now)
+                worker.sent_requests = turns
+                pool.workers[name] = worker
+        self.version += 1
+        return removed
+
+    def workers(self) -> list[Worker]:
+        return [worker for pool in self.pools.values() for worker in pool.workers.values()]
+
+    def refresh_loads(self, now: float) -> None:
+        """Bring the pools' loads up to date, a few times a second."""
+        if now >= self._loads_due:
+            self._loads_due = now + LOAD_PERIOD_S
+            for pool in self.pools.values():
+                pool.refresh_load()

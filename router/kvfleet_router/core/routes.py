@@ -1,0 +1,195 @@
+"""Which policy takes a request, and which workers of its pools may get it.
+
+A Lane is one policy for one model: the pools of the policy that serve the model, by tier. `Routes.find` returns the lane
+of the first policy (in the configuration's order) whose match fits; `Lane.candidates` the usable workers of the lowest
+tier that has any. A worker is usable if it is ready and not leaving, its circuit closed (on probation: idle), below the
+policy's limit of requests in flight, and has not failed this request before. When none is usable, `Lane.last_resort` says
+whether to wait, to try one that failed, or to give up.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kvfleet_api.fleetconfig import PolicyConfig
+from kvfleet_router.core.parse import ParsedRequest
+from kvfleet_router.core.pool import Fleet, Pool
+from kvfleet_router.core.ticket import Arrival, Refusal
+from kvfleet_router.core.worker import Worker
+
+if TYPE_CHECKING:
+    from kvfleet_router.core.policy import Policy
+
+ANY = "*"
+"""The model of a pool that takes any name: workers given by URL alone."""
+
+
+class Candidates:
+    """Workers to choose from, in the shapes that scoring wants."""
+
+    __slots__ = ("guarded", "mask", "slots", "workers")
+
+    def __init__(self, workers: Iterable[Worker]) -> None:
+        self.workers = tuple(workers)
+        self.slots = np.array([worker.cache.slot for worker in self.workers], dtype=np.intp)
+        self.guarded = any(worker.breaker.on_probation for worker in self.workers)
+        self.mask = sum(worker.cache.bit for worker in self.workers)
+
+
+class Lane:
+    """One policy for one model."""
+
+    def __init__(self, config: PolicyConfig, policy: Policy, model: str, fleet: Fleet) -> None:
+        self.config = config
+        self.policy = policy
+        self.model = model
+        self._fleet = fleet
+        self._built: dict[tuple[str, ...], tuple[int, Candidates]] = {}
+        tiers: dict[int, list[tuple[Pool, int]]] = {}
+        for ref in config.pools:
+            pool = fleet.pools.get(ref.name)
+            if pool is not None and ref.weight > 0 and pool.serves(model) and pool.config.role != "Prefill":
+                tiers.setdefault(ref.tier, []).append((pool, ref.weight))
+        self.tiers = [tiers[tier] for tier in sorted(tiers)]
+        self.pools = [pool for tier in self.tiers for pool, _ in tier]
+        self._longest_context = max((pool.config.max_context_tokens or 2**62 for pool in self.pools), default=0)
+        self._context_limited = any(pool.config.max_context_tokens for pool in self.pools)
+
+    def matches(self, parsed: ParsedRequest, prompt_tokens: float) -> bool:
+        """Headers, context length and priority; the model is known to match."""
+        config = self.config
+        tokens, priority = config.context_tokens, config.priority
+        if tokens and (prompt_tokens < tokens.min or (tokens.max is not None and prompt_tokens > tokens.max)):
+            return False
+        if priority and (
+            parsed.priority < priority.min or (priority.max is not None and parsed.priority > priority.max)
+        ):
+            return False
+        return all(parsed.headers.get(h.name.lower().encode()) == h.value.encode() for h in config.headers)
+
+    def candidates(self, arrival: Arrival, rng: random.Random) -> Candidates | None:
+        """The usable workers of the lowest tier that has any. Strategies blind to cost get one pool, drawn by weight."""
+        for tier in self.tiers:
+            pools = (
+                [(pool, weight) for pool, weight in tier if self._fits(pool, arrival)]
+                if self._context_limited
+                else tier
+            )
+            if len(pools) > 1 and not self.policy.measures_cost:
+                groups = [[pool] for pool in _drawn_by_weight(pools, rng)]
+            else:
+                groups = [[pool for pool, _ in pools]]
+            for group in groups:
+                usable = self._usable(self._closed(group), arrival)
+                if usable is not None:
+                    return usable
+        return None
+
+    def last_resort(self, arrival: Arrival) -> Candidates | Refusal | None:
+        """No worker is usable: workers to try all the same, a refusal, or None: wait for one."""
+        closed = self._closed(self.pools)
+        fresh = [worker for worker in closed.workers if worker.name not in arrival.excluded]
+        if fresh:
+            return None  # at their limit, or on probation and busy
+        if closed.workers:
+            return closed
+        ejected = [worker for pool in self.pools for worker in pool.workers.values() if worker.assignable]
+        if ejected:
+            return Candidates([worker for worker in ejected if worker.name not in arrival.excluded] or ejected)
+        if any(pool.asleep for pool in self.pools):
+            return None
+        message = f"No worker of model {self.model!r} is ready: try again, or look at the pool's workers"
+        return Refusal(503, "no_worker", message, retry_after_s=5, type="service_unavailable")
+
+    def _fits(self, pool: Pool, arrival: Arrival) -> bool:
+        """The prompt (an estimate) fits the pool's context, or no other pool's is longer."""
+        context = pool.config.max_context_tokens
+        return context is None or arrival.prompt_tokens <= context or context == self._longest_context
+
+    def _closed(self, pools: Sequence[Pool]) -> Candidates:
+        """Assignable workers with a closed circuit, built once per version of the fleet."""
+        key = tuple([pool.name for pool in pools])
+        built = self._built.get(key)
+        if built is None or built[0] != self._fleet.version:
+            workers = [worker for pool in pools for worker in pool.workers.values()]
+            closed = Candidates(worker for worker in workers if worker.assignable and worker.breaker.open_until is None)
+            built = self._built[key] = (self._fleet.version, closed)
+        return built[1]
+
+    def _usable(self, closed: Candidates, arrival: Arrival) -> Candidates | None:
+        limit = self.config.admission.max_in_flight_per_worker
+        if limit is None and not closed.guarded and not arrival.excluded:
+            return closed if closed.workers else None
+        workers = [
+            worker
+            for worker in closed.workers
+            if (limit is None or worker.in_flight < limit)
+            and not (worker.breaker.on_probation and worker.in_flight)
+            and worker.name not in arrival.excluded
+        ]
+        if len(workers) == len(closed.workers):
+            return closed if workers else None
+        return Candidates(workers) if workers else None
+
+
+def _drawn_by_weight(pools: list[tuple[Pool, int]], rng: random.Random) -> list[Pool]:
+    """The pools in an order drawn by weight: the later ones stand in when the first has no usable worker."""
+    left = list(pools)
+    order = []
+    while left:
+        chosen = rng.choices(range(len(left)), [weight for _, weight in left])[0]
+        order.append(left.pop(chosen)[0])
+    return order
+
+
+class Routes:
+    """Lanes by model name."""
+
+    def __init__(self, policies: Sequence[tuple[PolicyConfig, Policy]], fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._policies = policies
+        names = {name for pool in fleet.pools.values() for name in pool.served} - {ANY}
+        names.update(name for config, _ in policies for name in config.models if name != ANY)
+        self._lanes = {name: self._build(name) for name in names}
+        self._any = self._build(ANY) if any(pool.config.model == ANY for pool in fleet.pools.values()) else []
+        self.models = sorted({name for pool in fleet.pools.values() for name in pool.served} - {ANY})
+
+    def _build(self, model: str) -> list[Lane]:
+        lanes = []
+        for config, policy in self._policies:
+            if model in config.models or ANY in config.models:
+                lane = Lane(config, policy, model, self._fleet)
+                if lane.pools:
+                    lanes.append(lane)
+        return lanes
+
+    def find(self, parsed: ParsedRequest) -> Lane | Refusal:
+        """The lane that takes the request."""
+        model = parsed.model
+        if not model:
+            if len(self.models) != 1 and not self._any:
+                message = (
+                    f"`model` is missing: name one of {', '.join(self.models[:20]) or 'the served models (none yet)'}"
+                )
+                return Refusal(400, "missing_required_parameter", message, param="model")
+            model = ANY if self._any else self.models[0]
+        lanes = self._lanes.get(model) or self._any
+        for lane in lanes:
+            if lane.matches(parsed, self.prompt_tokens(parsed, lane)):
+                return lane
+        if lanes or model in self.models:
+            message = f"No routing policy takes this request for model {model!r}: check the policies' match"
+            return Refusal(404, "no_matching_policy", message)
+        message = f"The model {model!r} does not exist; served: {', '.join(self.models[:20]) or 'none'}"
+        return Refusal(404, "model_not_found", message, param="model")
+
+    @staticmethod
+    def prompt_tokens(parsed: ParsedRequest, lane: Lane) -> float:
+        """Known, or estimated from what the model's prompts have taught."""
+        if parsed.prompt_tokens is not None:
+            return max(float(parsed.prompt_tokens), 1.0)
+        return max(parsed.prompt_bytes / lane.pools[0].stats.ratio.bytes_per_token, 1.0)

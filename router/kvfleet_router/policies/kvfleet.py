@@ -1,0 +1,214 @@
+"""kvfleet: send each request where it costs least: its own time, the others' time, the SLO, energy.
+
+    cost = TTFT + φ·own + harm + evict + slo + λ·ΔE                                    seconds, argmin
+
+    TTFT   = backlog + own + step + kv_wait                                            (core/predict.py)
+    harm   = aP·own·n_dec + bD·E·[(H + C·(L + E/2))·n1 + H·n1 + C·ctx]                 what it slows, and is slowed
+    evict  = gE·max(0, u + E − free)·Pp·exp(−age of the LRU tail / 60 s)               what it pushes out of the cache
+    slo    = gI·[v(itl1) + n1·(v(itl1) − v(itl0))] + gT·σ((TTFT − m·slack)/(.05·slack))   marginal goodput
+             itl0 = step/(1 − share), itl1 = (step + H + C·L)/(1 − share − own/20 s), share = time spent in prefill
+             v(x) = σ((x − m·SLO)/(.06·SLO)), m = the margin
+    ΔE     = ep·u + E·(E1 + Ec·(L + E/2)) + (E0 − P_idle·W)·E/(n1 + 1)                 joules it adds
+
+    L prompt tokens, u uncached, E expected output, n_dec decoding, n1 decoding and pending, slack = deadline − now.
+
+Intent. Backlog is measured in time, so a short prompt does not queue behind an 80k one. The SLO term is marginal: a worker
+beyond its SLO costs nothing more, so overload is concentrated instead of pushing every worker just over the line. While
+the winner's backlog exceeds θ the request stays at the router, where it can still go elsewhere.
+
+With energy, the SLO weighs more and its margin is earlier (the guard), and joules have a price: load gathers on few
+workers. As load rises the price and the guard fade out, until the policy is the latency policy again.
+
+Inputs: the router's own accounting, the prefix index, the cost model with its calibration. No engine metrics.
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+from math import exp
+from typing import ClassVar
+
+import numpy as np
+
+from kvfleet_api.fleetconfig import PolicyConfig
+from kvfleet_router.core.columns import Array, Columns
+from kvfleet_router.core.energy import marginal_joules, marginal_joules_many
+from kvfleet_router.core.policy import Policy
+from kvfleet_router.core.predict import ttft_parts, ttft_parts_many
+from kvfleet_router.core.ticket import Arrival
+from kvfleet_router.core.worker import PREFILL_SHARE_WINDOW_S, Worker
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The policy's constants; symbols in brackets are those of the formula."""
+
+    own_prefill: float  # [φ] own prefill time again: it is also everyone else's waiting time
+    prefill_harm: float  # [aP] seconds of prefill x sequences it interrupts
+    decode_harm: float  # [bD] seconds of slower steps, its own and the others'
+    eviction: float  # [gE] seconds to prefill again what it evicts
+    hold_above_s: float  # [θ] backlog above which a request is held
+    itl_slo_s: float  # [gI] price of a sequence beyond its ITL SLO
+    ttft_slo_s: float  # [gT] price of a request beyond its TTFT SLO
+    itl_margin: float = 0.95  # [m] of the SLO
+    ttft_margin: float = 0.9  # [m] of the slack
+
+
+LATENCY = Weights(
+    own_prefill=1.5, prefill_harm=0.02, decode_harm=0.01, eviction=1.0, hold_above_s=0.2, itl_slo_s=0.0, ttft_slo_s=0.0
+)
+"""LAT: least mean TTFT, indifferent to SLOs."""
+GOODPUT = Weights(
+    own_prefill=3.0, prefill_harm=0.0, decode_harm=0.01, eviction=1.0, hold_above_s=0.1, itl_slo_s=0.3, ttft_slo_s=0.3
+)
+"""GP: most requests inside their SLO; the default."""
+GUARD = Weights(
+    own_prefill=3.0,
+    prefill_harm=0.0,
+    decode_harm=0.01,
+    eviction=1.0,
+    hold_above_s=0.1,
+    itl_slo_s=1.0,
+    ttft_slo_s=1.0,
+    itl_margin=0.6,
+    ttft_margin=0.6,
+)
+"""GP while energy has its full price: the SLO weighs more, and from 60 % on."""
+
+ENERGY_FULL_BELOW_LOAD = 0.3
+ENERGY_OFF_ABOVE_LOAD = 0.5
+"""Mean load of the pools' workers (0 idle, 1 at the ITL SLO) between which the price of energy fades out."""
+FADING_STEPS = 20
+
+EVICTION_AGE_S = 60.0
+ITL_SHARPNESS = 0.06
+TTFT_SHARPNESS = 0.05
+MIN_DECODE_SHARE = 0.02
+"""Decoding never starves entirely, whatever the prefill share says."""
+
+
+class KVFleet(Policy):
+    parts = ("backlog", "prefill", "step", "kv_wait", "prefill_weight", "harm", "evict", "slo", "energy")
+    uses_prefix = True
+    measures_cost = True
+    columns_from = 24
+    tie = 0.0005
+
+    latency: ClassVar[Weights] = GOODPUT
+
+    def __init__(self, config: PolicyConfig) -> None:
+        super().__init__(config)
+        self.hold_above_s = self.latency.hold_above_s
+        self._fading = [_between(self.latency, GUARD, step / FADING_STEPS) for step in range(FADING_STEPS + 1)]
+
+    def _weights(self, load: float) -> tuple[Weights, float]:
+        """The constants and the price of a joule (s/J) at this load."""
+        if self.config.energy_mode == "Off" or load >= ENERGY_OFF_ABOVE_LOAD:
+            return self.latency, 0.0
+        share = min((ENERGY_OFF_ABOVE_LOAD - load) / (ENERGY_OFF_ABOVE_LOAD - ENERGY_FULL_BELOW_LOAD), 1.0)
+        return self._fading[round(share * FADING_STEPS)], share * self.config.energy_s_per_joule
+
+    def score(self, arrival: Arrival, worker: Worker, cached_tokens: float, now: float) -> tuple[float, ...]:
+        weights, price = self._weights(arrival.load)
+        backlog, own, step, kv_wait = ttft_parts(arrival, worker, cached_tokens, now)
+        ttft = backlog + own + step + kv_wait
+        prompt, expected = arrival.prompt_tokens, arrival.expected_output_tokens
+        uncached = prompt - cached_tokens
+        decoding = worker.decoding
+        sequences = decoding + worker.pending
+        per_sequence, per_token = worker.step_s_per_sequence, worker.step_s_per_context_token
+
+        added = (per_sequence + per_token * (prompt + expected / 2)) * sequences
+        harm = weights.decode_harm * expected * (added + per_sequence * sequences + per_token * worker.context_tokens)
+        if weights.prefill_harm:
+            harm += weights.prefill_harm * own * decoding
+
+        evict = 0.0
+        overflow = uncached + expected - worker.kv_free_tokens
+        if overflow > 0.0:
+            age = max(now - worker.tail_used_at, 0.0)
+            evict = weights.eviction * overflow * worker.prefill_s_per_token * exp(-age / EVICTION_AGE_S)
+
+        slo = 0.0
+        if weights.itl_slo_s:
+            target = self.config.itl_slo_s
+            middle, width = weights.itl_margin * target, ITL_SHARPNESS * target
+            share = worker.prefill_share
+            if share:
+                share *= exp(min(worker.prefill_share_at - now, 0.0) / PREFILL_SHARE_WINDOW_S)
+            step_with = step + per_sequence + per_token * prompt
+            after = _sigmoid(
+                (step_with / max(1.0 - share - own / PREFILL_SHARE_WINDOW_S, MIN_DECODE_SHARE) - middle) / width
+            )
+            slo = after
+            if sequences:
+                before = _sigmoid((step / max(1.0 - share, MIN_DECODE_SHARE) - middle) / width)
+                slo += sequences * (after - before)
+            slo *= weights.itl_slo_s
+        slack = arrival.deadline - now
+        if weights.ttft_slo_s and slack > 0.0:
+            slo += weights.ttft_slo_s * _sigmoid((ttft - weights.ttft_margin * slack) / (TTFT_SHARPNESS * slack))
+
+        energy = 0.0
+        if price:
+            energy = price * marginal_joules(arrival, worker, uncached)
+        return backlog, own, step, kv_wait, weights.own_prefill * own, harm, evict, slo, energy
+
+    def score_many(self, arrival: Arrival, workers: Columns, cached_tokens: Array, now: float) -> tuple[Array, ...]:
+        weights, price = self._weights(arrival.load)
+        backlog, own, step, kv_wait = ttft_parts_many(arrival, workers, cached_tokens, now)
+        ttft = backlog + own + step + kv_wait
+        prompt, expected = arrival.prompt_tokens, arrival.expected_output_tokens
+        uncached = prompt - cached_tokens
+        sequences = workers.decoding + workers.pending
+        per_sequence, per_token = workers.step_s_per_sequence, workers.step_s_per_context_token
+
+        added = (per_sequence + per_token * (prompt + expected / 2)) * sequences
+        harm = weights.decode_harm * expected * (added + per_sequence * sequences + per_token * workers.context_tokens)
+        harm += weights.prefill_harm * own * workers.decoding
+
+        overflow = np.maximum(uncached + expected - workers.kv_free_tokens, 0.0)
+        age = np.maximum(now - workers.tail_used_at, 0.0)
+        evict = weights.eviction * overflow * workers.prefill_s_per_token * np.exp(-age / EVICTION_AGE_S)
+
+        slo = np.zeros_like(own)
+        if weights.itl_slo_s:
+            target = self.config.itl_slo_s
+            middle, width = weights.itl_margin * target, ITL_SHARPNESS * target
+            since = np.minimum(workers.prefill_share_at - now, 0.0)
+            share = workers.prefill_share * np.exp(since / PREFILL_SHARE_WINDOW_S)
+            step_with = step + per_sequence + per_token * prompt
+            left = np.maximum(1.0 - share - own / PREFILL_SHARE_WINDOW_S, MIN_DECODE_SHARE)
+            after = _sigmoids((step_with / left - middle) / width)
+            before = _sigmoids((step / np.maximum(1.0 - share, MIN_DECODE_SHARE) - middle) / width)
+            slo = weights.itl_slo_s * (after + sequences * (after - before))
+        slack = arrival.deadline - now
+        if weights.ttft_slo_s and slack > 0.0:
+            slo = slo + weights.ttft_slo_s * _sigmoids((ttft - weights.ttft_margin * slack) / (TTFT_SHARPNESS * slack))
+
+        energy = price * marginal_joules_many(arrival, workers, uncached) if price else np.zeros_like(own)
+        return backlog, own, step, kv_wait, weights.own_prefill * own, harm, evict, slo, energy
+
+
+class KVFleetLatency(KVFleet):
+    """The same with the LAT constants."""
+
+    latency = LATENCY
+
+
+def _between(low: Weights, high: Weights, share: float) -> Weights:
+    return Weights(*(a + share * (b - a) for a, b in zip(astuple(low), astuple(high), strict=True)))
+
+
+def _sigmoid(x: float) -> float:
+    """[σ] Flat beyond ±30, where it is 0 or 1 to 13 digits."""
+    if x < -30.0:
+        return 0.0
+    if x > 30.0:
+        return 1.0
+    return 1.0 / (1.0 + exp(-x))
+
+
+def _sigmoids(x: Array) -> Array:
+    result: Array = 1.0 / (1.0 + np.exp(-np.clip(x, -30.0, 30.0)))
+    return result
