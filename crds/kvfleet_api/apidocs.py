@@ -93,7 +93,7 @@ def _type(schema: Json) -> str:
     if kind == "array":
         keys = ", ".join(schema.get("x-kubernetes-list-map-keys", ()))
         unique = f", unique by {keys}" if keys else ", unique" if schema["x-kubernetes-list-type"] == "set" else ""
-        return f"{_bounds(schema, 'Items')} x {_type(schema['items'])}{unique}"
+        return f"list ({_bounds(schema, 'Items')}{unique}) of {_type(schema['items'])}"
     if kind == "object":
         if "additionalProperties" in schema:
             return f"map to {_type(schema['additionalProperties'])}"
