@@ -128,7 +128,7 @@ class LocalFleet:
         labels = deployment["spec"]["template"]["metadata"]["labels"]
         name = f"{deployment['metadata']['name']}-{index}"
         port, events, replay = free_port(), free_port(), free_port()
-        args = _command(deployment)[2:]
+        args = [_expanded(arg, name) for arg in _command(deployment)[2:]]
         args = _with_option(args, "--port", str(port))
         args = _with_option(args, "--host", HOST)
         if "--kv-events-config" in args:
@@ -204,6 +204,11 @@ class LocalFleet:
 def _command(deployment: dict[str, Any]) -> list[str]:
     container = deployment["spec"]["template"]["spec"]["containers"][0]
     return [*container.get("command", []), *container.get("args", [])]
+
+
+def _expanded(arg: str, pod: str) -> str:
+    """`$(VAR)` of the pod's own name and address, as a kubelet expands them."""
+    return arg.replace("$(POD_NAME)", pod).replace("$(POD_IP)", HOST)
 
 
 def _with_option(args: list[str], option: str, value: str) -> list[str]:

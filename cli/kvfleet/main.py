@@ -338,7 +338,10 @@ def _render(manifests: Manifests) -> list[dict[str, Any]]:
     from kvfleet_operator.render import render as render_objects
 
     _compile(manifests)
-    return render_objects(manifests)
+    try:
+        return render_objects(manifests)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def _compile(manifests: Manifests) -> FleetConfig:
