@@ -48,7 +48,7 @@ class Cluster(kmock.KubernetesScaffold):
     """Called with every object before it is stored, as a mutating webhook would be."""
     silent: set = attrs.field(factory=set)
     """Kinds whose watches stay open and deliver nothing."""
-    _grown: asyncio.Condition = attrs.field(factory=asyncio.Condition, init=False)
+    _grown: asyncio.Event = attrs.field(factory=asyncio.Event, init=False)
 
     def __attrs_post_init__(self):
         super().__attrs_post_init__()
@@ -125,7 +125,7 @@ class Cluster(kmock.KubernetesScaffold):
 
     async def until(self, check, timeout_s=10.0):
         """Wait until `check()` is true of the stored objects; it is evaluated after every change."""
-        async with asyncio.timeout(timeout_s), self._grown:
+        async with asyncio.timeout(timeout_s):
             while not (result := check()):
                 await self._grown.wait()
             return result
@@ -162,13 +162,8 @@ class Cluster(kmock.KubernetesScaffold):
             self.latest += 1
             manifest = {**manifest, "metadata": {**manifest["metadata"], "resourceVersion": str(self.latest)}}
         self.log.append((self.latest, type_, copy.deepcopy(manifest), before))
-        task = asyncio.get_running_loop().create_task(self._notify())
-        self._tasks = getattr(self, "_tasks", set()) | {task}
-        task.add_done_callback(lambda done: self._tasks.discard(done))
-
-    async def _notify(self):
-        async with self._grown:
-            self._grown.notify_all()
+        self._grown.set()  # wakes everybody who waits; the next ones wait for the next change
+        self._grown = asyncio.Event()
 
     # HTTP
 
@@ -212,9 +207,8 @@ class Cluster(kmock.KubernetesScaffold):
         selector = request.params.get("labelSelector", "")
         position = next((i for i, e in enumerate(self.log) if e[0] > int(request.params.get("resourceVersion", 0))), len(self.log))
         while True:
-            async with self._grown:
-                while position >= len(self.log):
-                    await self._grown.wait()
+            while position >= len(self.log):
+                await self._grown.wait()
             _, type_, manifest, before = self.log[position]
             position += 1
             if manifest["kind"] != kind or kind in self.silent:

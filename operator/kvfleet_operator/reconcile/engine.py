@@ -36,16 +36,16 @@ ALIASES: Final = {
     "-r": "--node-rank",
 }
 WIRED: Final = {
-    "--port": "spec.engine.port",
-    "--served-model-name": "spec.model.name",
-    "--kv-events-config": "spec.engine.kvEvents",
-    "--uds": "nothing: the engine must listen on its port",
-    "--root-path": "nothing: the engine must answer at /",
-    "--api-key": "nothing: routers hold no engine key",
-    "--ssl-keyfile": "nothing: routers speak plain HTTP to engines",
-    "--ssl-certfile": "nothing: routers speak plain HTTP to engines",
+    "--port": "set spec.engine.port instead",
+    "--served-model-name": "set spec.model.name instead",
+    "--kv-events-config": "set spec.engine.kvEvents instead",
+    "--uds": "remove it, the engine must listen on its port",
+    "--root-path": "remove it, the engine must answer at /",
+    "--api-key": "remove it, routers hold no key for engines",
+    "--ssl-keyfile": "remove it, routers speak plain HTTP to engines",
+    "--ssl-certfile": "remove it, routers speak plain HTTP to engines",
 }
-"""Flags that cut an engine off from probes, routers or drain when set by hand → what to set instead."""
+"""Flags that cut an engine off from probes, routers or drain when set by hand → the remedy."""
 
 DRAIN_SCRIPT: Final = """\
 import os, sys, time, urllib.request
@@ -88,7 +88,7 @@ def flag_name(argument: str) -> str:
 def unwired(spec: ModelPoolSpec) -> list[str]:
     """What is wrong with the user's arguments: flags that break the wiring, each with the remedy."""
     found = {flag_name(argument) for argument in spec.engine.args if argument.startswith("-")}
-    return [f"engine.args sets {flag}: set {WIRED[flag]} instead" for flag in sorted(found & WIRED.keys())]
+    return [f"engine.args sets {flag}: {WIRED[flag]}" for flag in sorted(found & WIRED.keys())]
 
 
 def _flags(spec: ModelPoolSpec) -> list[list[str]]:
