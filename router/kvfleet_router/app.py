@@ -1,0 +1,238 @@
+"""The router put together: dispatcher, client port, admin port, configuration source, clockwork and signals.
+
+`RouterApp` runs inside any event loop (tests, the demo); `run_router` is a whole process on uvloop. The ports listen before
+the router calls itself ready; on SIGTERM or SIGINT it stops to be ready, accepts no more, lets running answers end for
+`drain_s` at most, and leaves. A second signal ends it at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import random
+import resource
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import uvloop
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from kvfleet_api.fleetconfig import FleetConfig
+from kvfleet_router.core.dispatcher import ConfigError, Dispatcher, WorkerEndpoint
+from kvfleet_router.io.admin import Admin
+from kvfleet_router.io.config_source import ConfigRejected, ConfigSource, FileSource, StaticSource
+from kvfleet_router.io.metrics import PREFIX, RouterMetrics
+from kvfleet_router.io.models import ModelList
+from kvfleet_router.io.proxy import Proxy
+from kvfleet_router.io.server import Server
+from kvfleet_router.io.upstream import Upstreams
+from kvfleet_router.policies import REGISTRY
+
+log = logging.getLogger("kvfleet.router")
+
+SWEEP_S = 0.25
+ADMIN_DRAIN_S = 1.0
+GC_THRESHOLDS = (50_000, 20, 100)
+"""Requests leave no reference cycles behind, so collecting seldom costs no memory, and saves a few percent."""
+
+
+class RouterApp:
+    """One router. `start`, then `stop`; `port` and `admin_port` say where it listens (for port 0)."""
+
+    def __init__(
+        self,
+        config: FleetConfig,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        admin_host: str | None = None,
+        admin_port: int = 0,
+        speed: float = 1.0,
+        source: ConfigSource | None = None,
+        rng: random.Random | None = None,
+    ) -> None:
+        """`speed`: seconds the dispatcher's clock moves in one second, for workers simulated in compressed time.
+
+        Raises ConfigError where the configuration cannot be served."""
+        self.host, self.port = host, port
+        self.admin_host, self.admin_port = admin_host or host, admin_port
+        self._source = source or StaticSource()
+        self._speed = speed
+        self._rng = rng or random.Random()
+        monotonic = time.monotonic
+        self.clock = monotonic if speed == 1.0 else lambda: monotonic() * speed
+        self.dispatcher = Dispatcher(
+            config, clock=self.clock, rng=self._rng, policies=REGISTRY, epoch_s=time.time() - self.clock()
+        )
+        self.metrics = RouterMetrics(self.dispatcher)
+        self.metrics.extra.append(self._connection_metrics)
+        self._unready = "starting"
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._source_task: asyncio.Task[None] | None = None
+
+    # Life
+
+    async def start(self) -> None:
+        """Listen, and follow the configuration source. Raises OSError where a port cannot be had."""
+        self.upstreams = Upstreams()
+        self.proxy = Proxy(
+            self.dispatcher,
+            self.upstreams,
+            self.metrics,
+            ModelList(self.dispatcher),
+            clock=self.clock,
+            rng=self._rng,
+            speed=self._speed,
+        )
+        limits = self.dispatcher.config.limits
+        self.server = Server(self.proxy, limits)
+        self.admin_server = Server(Admin(self.dispatcher, self._registry(), lambda: self._unready), limits)
+        self.admin_port = await self.admin_server.listen(self.admin_host, self.admin_port)
+        self.port = await self.server.listen(self.host, self.port)
+        self.proxy.start()
+        self._sweep()
+        self._source_task = asyncio.create_task(self._source.run(self))
+        self._source_task.add_done_callback(_report)
+        self._unready = ""
+        log.info("serving on %s:%d, admin on %s:%d", self.host, self.port, self.admin_host, self.admin_port)
+
+    async def stop(self, drain_s: float | None = None) -> None:
+        """Leave: answers under way may end within `drain_s` (default: the configuration's)."""
+        self._unready = "draining"
+        self.proxy.draining = True
+        if self._source_task is not None:
+            self._source_task.cancel()
+        cut = await self.server.drain(self.dispatcher.config.drain_s if drain_s is None else drain_s)
+        if cut:
+            log.warning("%d answers were cut off at the drain time limit", cut)
+        await self.proxy.close()
+        await self.admin_server.drain(ADMIN_DRAIN_S)
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+
+    def _sweep(self) -> None:
+        now = time.monotonic()
+        self.server.sweep(now)
+        self.admin_server.sweep(now)
+        self.upstreams.sweep(now)
+        self._sweeper = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
+
+    # What a configuration source calls
+
+    def take_config(self, config: FleetConfig) -> None:
+        """Serve `config` from now on; requests under way are not touched. Raises ConfigRejected."""
+        try:
+            self.dispatcher.configure(config)
+        except ConfigError as error:
+            raise ConfigRejected(str(error)) from error
+        self.server.limits = self.admin_server.limits = config.limits
+        self._forget_origins()
+        log.info("configuration %s is in use", config.revision)
+
+    def take_endpoints(self, pool: str, endpoints: Sequence[WorkerEndpoint]) -> None:
+        self.dispatcher.set_endpoints(pool, endpoints)
+        self._forget_origins()
+
+    def reject_config(self, reason: str) -> None:
+        self.metrics.config_errors += 1
+        log.error("a configuration was not taken: %s", reason)
+
+    def _forget_origins(self) -> None:
+        self.upstreams.keep_only({worker.name for worker in self.dispatcher.workers()})
+
+    # Metrics
+
+    def _registry(self) -> CollectorRegistry:
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(self.metrics)
+        ProcessCollector(registry=registry)
+        PlatformCollector(registry=registry)
+        GCCollector(registry=registry)
+        return registry
+
+    def _connection_metrics(self) -> list[Metric]:
+        connections = GaugeMetricFamily(PREFIX + "client_connections", "Open client connections.")
+        connections.add_metric((), len(self.server.connections))
+        bodies = GaugeMetricFamily(PREFIX + "request_body_bytes", "Request bodies held, in bytes.")
+        bodies.add_metric((), self.server.body_bytes)
+        refused = CounterMetricFamily(
+            PREFIX + "bad_requests", "Requests refused before they were read whole, by cause.", labels=("cause",)
+        )
+        for cause, count in self.server.refused.items():
+            refused.add_metric((cause,), count)
+        return [connections, bodies, refused]
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        log.error("the configuration source ended; the last configuration stays in use", exc_info=task.exception())
+
+
+async def serve(app: RouterApp) -> None:
+    """Run until SIGTERM or SIGINT, then leave gracefully; a second signal cuts what is left."""
+    loop = asyncio.get_running_loop()
+    leave = asyncio.Event()
+    cut = asyncio.Event()
+
+    def on_signal() -> None:
+        (cut if leave.is_set() else leave).set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    await app.start()
+    await leave.wait()
+    log.info("leaving: running answers may end within %g s", app.dispatcher.config.drain_s)
+    stopping = asyncio.create_task(app.stop())
+    cutting = asyncio.create_task(cut.wait())
+    await asyncio.wait((stopping, cutting), return_when=asyncio.FIRST_COMPLETED)
+    if not stopping.done():
+        await app.stop(drain_s=0.0)
+    cutting.cancel()
+    await stopping
+
+
+def run_router(
+    config: FleetConfig,
+    *,
+    host: str,
+    port: int,
+    admin_host: str,
+    admin_port: int,
+    speed: float = 1.0,
+    config_path: Path | None = None,
+) -> int:
+    """The router as a process; returns its exit code. `config_path`: the file `config` came from, followed from now on."""
+    raise_open_files()
+    try:
+        app = RouterApp(
+            config,
+            host=host,
+            port=port,
+            admin_host=admin_host,
+            admin_port=admin_port,
+            speed=speed,
+            source=FileSource(config_path) if config_path is not None else None,
+        )
+    except ConfigError as error:
+        log.error("the configuration cannot be served: %s", error)
+        return 2
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
+    try:
+        uvloop.run(serve(app))
+    except OSError as error:
+        log.error("cannot listen: %s", error)
+        return 1
+    return 0
+
+
+def raise_open_files() -> None:
+    """Every connection is a file: take what the system allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,110 @@
+"""The admin port: metrics, health, decisions, workers and configuration, for operators and tools. GET only, JSON but for /metrics.
+
+/metrics                the routers' own figures, Prometheus text
+/healthz                200 while the process runs
+/readyz                 200 once a configuration is served; 503 while leaving
+/decisions?limit=N      the latest decisions, newest first
+/decisions/{id}         one decision, by its id or its request id
+/workers                every worker and its state
+/config                 revision and content of the configuration being served
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import parse_qs, unquote
+
+import orjson
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+
+from kvfleet_router.core.dispatcher import Dispatcher
+from kvfleet_router.io import wire
+from kvfleet_router.io.request import Request
+from kvfleet_router.io.server import ClientConnection
+
+DEFAULT_LIMIT = 100
+MAX_LIMIT = 10_000
+
+
+class Admin:
+    """The admin port's Handler."""
+
+    def __init__(self, dispatcher: Dispatcher, registry: CollectorRegistry, unready: Callable[[], str]) -> None:
+        """`unready` says why the router should get no requests; empty: it should."""
+        self._dispatcher = dispatcher
+        self._registry = registry
+        self._unready = unready
+        self._routes: dict[str, Callable[[Request, ClientConnection], None]] = {
+            "/metrics": self._metrics,
+            "/healthz": self._healthz,
+            "/readyz": self._readyz,
+            "/decisions": self._decisions,
+            "/workers": self._workers,
+            "/config": self._config,
+        }
+
+    def handle(self, request: Request, connection: ClientConnection) -> None:
+        route = self._routes.get(request.path)
+        if request.method not in (b"GET", b"HEAD"):
+            body = wire.error_object(405, "The admin port is read only: use GET.", code="method_not_allowed")
+            connection.reply(405, body, headers=[wire.header(b"allow", "GET, HEAD")])
+        elif route is not None:
+            route(request, connection)
+        elif request.path.startswith("/decisions/"):
+            self._decision(unquote(request.path.removeprefix("/decisions/")), connection)
+        else:
+            message = f"Unknown path {request.path}: use one of {', '.join(self._routes)}."
+            connection.reply(404, wire.error_object(404, message, code="unknown_path"))
+
+    def _metrics(self, request: Request, connection: ClientConnection) -> None:
+        text = generate_latest(self._registry)
+        connection.reply(200, text, content_type=CONTENT_TYPE_PLAIN_0_0_4.encode())
+
+    def _healthz(self, request: Request, connection: ClientConnection) -> None:
+        connection.reply(200, b'{"status":"ok"}')
+
+    def _readyz(self, request: Request, connection: ClientConnection) -> None:
+        reason = self._unready()
+        body = {"status": reason or "ready", "revision": self._dispatcher.config.revision}
+        connection.reply(503 if reason else 200, orjson.dumps(body))
+
+    def _decisions(self, request: Request, connection: ClientConnection) -> None:
+        query = parse_qs(request.target.partition(b"?")[2].decode("ascii"))
+        text = query.get("limit", [str(DEFAULT_LIMIT)])[-1]
+        if not (text.isascii() and text.isdigit() and len(text) <= 6 and 1 <= int(text) <= MAX_LIMIT):
+            message = f"limit: {text!r} is not a number from 1 to {MAX_LIMIT}"
+            connection.reply(400, wire.error_object(400, message, param="limit", code="invalid_value"))
+            return
+        connection.reply(200, _json({"decisions": self._dispatcher.decisions.recent(int(text))}))
+
+    def _decision(self, decision_id: str, connection: ClientConnection) -> None:
+        decision = self._dispatcher.decisions.get(decision_id)
+        if decision is None:
+            message = f"No decision {decision_id!r}: only the latest are kept; GET /decisions lists them."
+            connection.reply(404, wire.error_object(404, message, code="unknown_decision"))
+        else:
+            connection.reply(200, _json(decision))
+
+    def _workers(self, request: Request, connection: ClientConnection) -> None:
+        workers = [
+            {
+                "name": worker.name,
+                "pool": worker.pool,
+                "url": worker.url,
+                "state": worker.state,
+                "in_flight": worker.in_flight,
+            }
+            for worker in self._dispatcher.workers()
+        ]
+        connection.reply(200, _json({"workers": workers}))
+
+    def _config(self, request: Request, connection: ClientConnection) -> None:
+        config = self._dispatcher.config
+        content = config.model_dump(mode="json", by_alias=True)
+        connection.reply(200, _json({"revision": config.revision, "config": content}))
+
+
+def _json(value: Any) -> bytes:
+    return orjson.dumps(value)

@@ -1,0 +1,106 @@
+"""Where the configuration and the workers' addresses come from, and how they change while the router runs.
+
+A source is started with a Sink and calls it with every change; the sink says whether it could be taken. Sources never end
+the router: what cannot be read is reported, and the last good configuration stays.
+
+    StaticSource   the configuration the router was started with, and nothing more
+    FileSource     a compiled FleetConfig in a file, read again when it changes (by replacement or in place; a mounted
+                   ConfigMap changes by a symlink). Polled: it works on every file system
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from pydantic import ValidationError
+
+from kvfleet_api.fleetconfig import FleetConfig
+from kvfleet_router.core.dispatcher import WorkerEndpoint
+
+log = logging.getLogger("kvfleet.router")
+
+POLL_S = 0.5
+MAX_CONFIG_BYTES = 16 * 1_048_576
+
+
+class ConfigRejected(Exception):
+    """A configuration cannot be served; says the field and the remedy. The old one stays."""
+
+
+class Sink(Protocol):
+    """Takes what a source finds."""
+
+    def take_config(self, config: FleetConfig) -> None:
+        """Serve this configuration from now on. Raises ConfigRejected."""
+
+    def take_endpoints(self, pool: str, endpoints: Sequence[WorkerEndpoint]) -> None:
+        """These are the pool's workers from now on."""
+
+    def reject_config(self, reason: str) -> None:
+        """A configuration came that cannot be read."""
+
+
+class ConfigSource(Protocol):
+    async def run(self, sink: Sink) -> None:
+        """Feed `sink` until cancelled."""
+
+
+class StaticSource:
+    async def run(self, sink: Sink) -> None:
+        """Nothing changes."""
+
+
+class FileSource:
+    """See the module's text."""
+
+    def __init__(self, path: Path, *, poll_s: float = POLL_S) -> None:
+        self._path = path
+        self._poll_s = poll_s
+        self._seen: tuple[int, int, int] | None = None
+        self._reported = ""
+
+    async def run(self, sink: Sink) -> None:
+        self._seen = self._stamp()
+        while True:
+            await asyncio.sleep(self._poll_s)
+            self.poll(sink)
+
+    def poll(self, sink: Sink) -> None:
+        """Look once; read the file if it changed."""
+        stamp = self._stamp()
+        if stamp == self._seen:
+            return
+        self._seen = stamp
+        try:
+            config = read_config(self._path)
+            sink.take_config(config)
+        except ConfigRejected as error:
+            sink.reject_config(f"{self._path}: {error}")
+
+    def _stamp(self) -> tuple[int, int, int] | None:
+        try:
+            status = self._path.stat()
+        except OSError:
+            return None
+        return status.st_mtime_ns, status.st_size, status.st_ino
+
+
+def read_config(path: Path) -> FleetConfig:
+    """A compiled FleetConfig. Raises ConfigRejected."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_CONFIG_BYTES + 1)
+    except OSError as error:
+        raise ConfigRejected(f"cannot be read ({error.strerror}): the last configuration stays in use") from error
+    if len(text) > MAX_CONFIG_BYTES:
+        raise ConfigRejected(f"is larger than {MAX_CONFIG_BYTES} bytes: is this a FleetConfig?")
+    try:
+        return FleetConfig.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"])) or "(document)"
+        raise ConfigRejected(f"{field}: {first['msg']}: write it with the operator's version") from error

@@ -1,0 +1,405 @@
+"""One request's way: parse, submit, send to a worker, pass the answer on; and what happens when something breaks.
+
+    begin ─ read_request ─ dispatcher.submit ─┬─ Refusal ─ answer it
+                                              ├─ Held ─ … assigned
+                                              └─ Ticket ─ connect or reuse ─ answer_began ─ … ─ answer_complete
+
+Nothing goes to the client before the worker's first body byte. Until then a failure costs the client nothing: a kept-alive
+connection that turns out closed is replaced once, and a worker that cannot be reached, resets the connection or answers
+that it is shutting down is replaced by another one, as often as the policy's `resilience.retries` says. Complete answers
+up to HOLD_BYTES are held to their end, so that one cut off by a dying worker is repeated as well.
+
+After the first byte an event stream that breaks gets an error event and `[DONE]`; any other answer is cut off, so that it
+cannot be taken for a whole one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+from typing import TYPE_CHECKING
+
+import httptools
+
+from kvfleet_router.core.parse import ParsedRequest, RequestError, read_request
+from kvfleet_router.core.ticket import Held, Refusal, Ticket
+from kvfleet_router.io import wire
+from kvfleet_router.io.multipart import form_model
+from kvfleet_router.io.usage import NO_USAGE, SEARCHED_BYTES, read_usage
+
+if TYPE_CHECKING:
+    from kvfleet_router.io.proxy import Proxy
+    from kvfleet_router.io.request import Request
+    from kvfleet_router.io.server import ClientConnection
+    from kvfleet_router.io.upstream import Origin, UpstreamConnection
+
+log = logging.getLogger("kvfleet.router")
+
+HOLD_BYTES = 262_144
+"""Complete answers (and error answers) up to this size are held back until whole."""
+EVENT_END = b"\n\n\r\n"
+"""How an HTTP chunk ends that ends with a whole event."""
+
+_CLIENT_REQUEST_ID = re.compile(rb"[!-~]{1,128}")
+_BROKEN_EVENT = re.compile(rb'^(?:[0-9a-fA-F]+\r\n)?data: ?\{"error":.*"code": ?5\d\d', re.DOTALL)
+"""A stream that begins with a server's error: the engine died while it read the prompt."""
+_ABORTED = b'"finish_reason":"abort"'
+_LEAVING = re.compile(
+    rb"cannot schedule new futures after shutdown|EngineCore|EngineDead|engine is dead", re.IGNORECASE
+)
+"""In a 500's body: the engine is going or gone; another worker can serve the request."""
+
+_UNREAD = ParsedRequest("other", "")
+
+
+class Exchange:
+    """A request under way. The connection's Answer and the upstream connection's Receiver at once."""
+
+    __slots__ = (
+        "connection",
+        "done",
+        "first_byte_at",
+        "held",
+        "parsed",
+        "proxy",
+        "replaced",
+        "request",
+        "request_id",
+        "seen_at",
+        "seen_bytes",
+        "started_at",
+        "ticket",
+        "upstream",
+    )
+
+    def __init__(self, proxy: Proxy, request: Request, connection: ClientConnection) -> None:
+        self.proxy = proxy
+        self.request = request
+        self.connection = connection
+        self.request_id = b""
+        self.parsed = _UNREAD
+        self.started_at = proxy.clock()
+        self.first_byte_at = 0.0
+        self.held: Held | None = None
+        self.ticket: Ticket | None = None
+        self.upstream: UpstreamConnection | None = None
+        self.replaced = False
+        """A kept-alive connection was found closed and replaced."""
+        self.seen_bytes = 0
+        self.seen_at = 0.0
+        self.done = False
+
+    def begin(self) -> None:
+        proxy, request = self.proxy, self.request
+        given = request.headers.get(b"x-request-id")
+        if given is not None and _CLIENT_REQUEST_ID.fullmatch(given):
+            self.request_id = given
+        else:
+            self.request_id = proxy.new_request_id()
+        started = time.perf_counter()
+        try:
+            parsed = read_request(
+                request.path,
+                request.body,
+                request.headers,
+                max_body_bytes=proxy.dispatcher.config.limits.max_body_bytes,
+            )
+            if not parsed.model:
+                parsed.model = form_model(request.body, request.headers.get(b"content-type", b"")) or ""
+        except RequestError as error:
+            self._end("refused", error.code or "bad_request")
+            body = wire.error_object(error.status, error.message, kind=error.type, param=error.param, code=error.code)
+            self._reply(error.status, body)
+            return
+        self.parsed = parsed
+        outcome = proxy.dispatcher.submit(parsed, request_id=self.request_id.decode(), on_assigned=self.assigned)
+        proxy.metrics.decision.observe(time.perf_counter() - started)
+        self._take(outcome)
+
+    def assigned(self, outcome: Ticket | Refusal) -> None:
+        """The dispatcher decided on what it had held."""
+        self.held = None
+        self._take(outcome)
+
+    def _take(self, outcome: Ticket | Refusal | Held) -> None:
+        if isinstance(outcome, Ticket):
+            self._send(outcome)
+        elif isinstance(outcome, Refusal):
+            self._refuse(outcome)
+        else:
+            self.held = outcome
+            self.proxy.request_tick()
+
+    # To the worker
+
+    def _send(self, ticket: Ticket) -> None:
+        self.ticket = ticket
+        origin = self.proxy.upstreams.origin(ticket.worker)
+        upstream = None if self.replaced else origin.take_idle()
+        if upstream is None:
+            self.proxy.spawn(self._connect(origin, ticket))
+        else:
+            self._write(upstream, ticket)
+
+    async def _connect(self, origin: Origin, ticket: Ticket) -> None:
+        timeout_s = ticket.policy.resilience.connect_timeout_milliseconds / 1000
+        try:
+            async with asyncio.timeout(timeout_s):
+                upstream = await origin.connect()
+        except TimeoutError:
+            cause = "connect_timeout"
+        except OSError:
+            cause = "connect_failed"
+        else:
+            if self.done:
+                origin.keep(upstream)
+            else:
+                self._write(upstream, ticket)
+            return
+        if not self.done:
+            self._try_again(cause)
+
+    def _write(self, upstream: UpstreamConnection, ticket: Ticket) -> None:
+        request = self.request
+        head = b"".join(
+            (
+                b"POST ",
+                request.target,
+                upstream.origin.host_header,
+                b"%d\r\nx-request-id: " % len(request.body),
+                self.request_id,
+                b"\r\n",
+                *request.forward,
+                b"\r\n",
+            )
+        )
+        self.upstream = upstream
+        self.seen_bytes = 0
+        self.seen_at = self.proxy.upstreams.now
+        upstream.send(self, ticket, head, request.body)
+
+    # From the worker
+
+    def answer_began(self) -> None:
+        upstream = self.upstream
+        assert upstream is not None
+        if upstream.held_bytes <= HOLD_BYTES:
+            if upstream.status >= 500:
+                return
+            if upstream.event_stream:
+                if _BROKEN_EVENT.match(upstream.held_body()) and self._may_try_again():
+                    self.upstream = None
+                    upstream.abort()
+                    self._try_again("engine_failed")
+                    return
+            elif upstream.body_length is not None and upstream.body_length <= HOLD_BYTES:
+                return
+        self._release(upstream)
+
+    def answer_complete(self) -> None:
+        upstream, ticket = self.upstream, self.ticket
+        assert upstream is not None and ticket is not None
+        if upstream.forward is None:
+            cause = self._failure(upstream)
+            if cause and self._may_try_again():
+                self.upstream = None
+                upstream.detach()
+                self._try_again(cause)
+                return
+            self._release(upstream)
+        self._finish(upstream, ticket)
+
+    def _failure(self, upstream: UpstreamConnection) -> str:
+        """Why a complete answer, not passed on yet, had better come from another worker; empty: it is good as it is."""
+        status = upstream.status
+        if status < 300:
+            return "engine_aborted" if not self.parsed.stream and _ABORTED in upstream.held_body() else ""
+        if status in (502, 503, 504):
+            return f"status_{status}"
+        return "engine_failed" if status == 500 and _LEAVING.search(upstream.held_body()) else ""
+
+    def _release(self, upstream: UpstreamConnection) -> None:
+        """The worker answers: pass its answer on from here."""
+        proxy, connection, ticket = self.proxy, self.connection, self.ticket
+        assert ticket is not None
+        self.first_byte_at = proxy.clock()
+        proxy.dispatcher.first_token(ticket)
+        connection.release_body()
+        head = b"".join(
+            (
+                wire.status_line(upstream.status),
+                *upstream.lines,
+                b"x-request-id: ",
+                self.request_id,
+                upstream.origin.answer_header,
+                ticket.id.encode(),
+                b"\r\n",
+                connection.connection_header(self._keeps_alive(upstream)),
+                b"\r\n",
+            )
+        )
+        transport = connection.transport
+        if self.request.http10 and upstream.chunked:
+            transport.write(head.replace(b"transfer-encoding: chunked\r\n", b"", 1))
+            upstream.release(Dechunker(transport).feed, b"")
+        else:
+            upstream.release(transport.write, head)
+
+    def _keeps_alive(self, upstream: UpstreamConnection) -> bool:
+        request = self.request
+        if not request.keep_alive or upstream.until_close or self.connection.server.draining:
+            return False
+        return not (request.http10 and upstream.chunked)
+
+    def _finish(self, upstream: UpstreamConnection, ticket: Ticket) -> None:
+        parsed, proxy = self.parsed, self.proxy
+        if upstream.chunked:
+            ticket.chunks -= 1  # the empty one that ends the body
+        usage = NO_USAGE
+        if parsed.include_usage or not parsed.stream:
+            usage = read_usage(b"".join(upstream.tail)[-SEARCHED_BYTES:])
+        failed = upstream.status >= 500
+        proxy.dispatcher.finish(
+            ticket, output_tokens=usage.output, prompt_tokens=usage.prompt, cached_tokens=usage.cached, ok=not failed
+        )
+        self.done = True
+        self.upstream = None
+        outcome = "ok" if upstream.status < 400 else "failed" if failed else "client_error"
+        proxy.metrics.answered(self, ticket, outcome, usage, proxy.clock())
+        keep_alive = upstream.clean and self._keeps_alive(upstream)
+        upstream.detach()
+        self.connection.answered(keep_alive)
+
+    # What breaks
+
+    def answer_lost(self, cause: str) -> None:
+        upstream, ticket = self.upstream, self.ticket
+        assert upstream is not None and ticket is not None
+        self.upstream = None
+        if upstream.forward is not None:
+            self._break_off(upstream, ticket, cause)
+        elif upstream.reused and not upstream.received and not self.replaced:
+            self.replaced = True
+            self._send(ticket)
+        else:
+            self._try_again(cause)
+
+    def _may_try_again(self) -> bool:
+        ticket = self.ticket
+        return ticket is not None and ticket.attempt < ticket.policy.resilience.retries
+
+    def _try_again(self, cause: str) -> None:
+        """Nothing has gone to the client: another worker may do."""
+        ticket = self.ticket
+        assert ticket is not None
+        cause, _, detail = cause.partition(": ")
+        self.proxy.metrics.error(cause)
+        log.warning(
+            "worker %s failed (%s%s), request %r", ticket.worker.name, cause, detail and f": {detail}", self.request_id
+        )
+        if self._may_try_again():
+            self.proxy.metrics.retried(ticket, cause)
+            self._take(self.proxy.dispatcher.retry(ticket, cause, self.assigned))
+            return
+        if cause.startswith("connect"):
+            self._give_up(ticket, cause, 503, "no_worker_available", "No worker could be reached: try again.")
+        else:
+            self._give_up(ticket, cause, 502, "upstream_failed", "The worker failed before it answered: try again.")
+
+    def _give_up(self, ticket: Ticket, cause: str, status: int, code: str, message: str) -> None:
+        self.proxy.dispatcher.finish(ticket, ok=False)
+        self._end("failed", cause)
+        self._reply(status, wire.error_object(status, message, code=code), retry_after_s=1)
+
+    def _break_off(self, upstream: UpstreamConnection, ticket: Ticket, cause: str) -> None:
+        """The worker failed inside its answer."""
+        cause = cause.partition(": ")[0]
+        log.warning("worker %s failed inside an answer (%s), request %r", ticket.worker.name, cause, self.request_id)
+        self.proxy.dispatcher.finish(ticket, ok=False)
+        self.proxy.metrics.error(cause)
+        self._end("failed", cause)
+        transport = self.connection.transport
+        if upstream.until_close:
+            self.connection.abort()
+            return
+        events = upstream.event_stream and upstream.chunked and not self.request.http10
+        if events and b"".join(upstream.tail).endswith(EVENT_END):
+            message = "The worker failed while it answered; what came before is incomplete."
+            transport.write(wire.error_event(message, "upstream_failed"))
+        self.connection.answered(keep_alive=False)
+
+    def _refuse(self, refusal: Refusal) -> None:
+        self._end("refused", refusal.code)
+        body = wire.error_object(
+            refusal.status, refusal.message, kind=refusal.type, param=refusal.param, code=refusal.code
+        )
+        self._reply(refusal.status, body, retry_after_s=refusal.retry_after_s)
+
+    def _reply(self, status: int, body: bytes, *, retry_after_s: int | None = None) -> None:
+        headers = [b"x-request-id: %b\r\n" % self.request_id]
+        if self.ticket is not None:
+            headers.append(wire.header(b"x-kvfleet-decision", self.ticket.id))
+        if retry_after_s is not None:
+            headers.append(wire.header(b"retry-after", retry_after_s))
+        self.connection.reply(status, body, headers=headers)
+
+    def _end(self, outcome: str, cause: str) -> None:
+        self.done = True
+        self.proxy.metrics.ended(self, outcome, cause)
+
+    # The client's connection calls
+
+    def client_gone(self) -> None:
+        if self.done:
+            return
+        self._end("cancelled", "client_gone")
+        upstream, self.upstream = self.upstream, None
+        if upstream is not None:
+            upstream.abort()
+        if self.held is not None:
+            self.proxy.dispatcher.cancel(self.held)
+        elif self.ticket is not None:
+            self.proxy.dispatcher.abandon(self.ticket, "client_gone")
+
+    def client_paused(self) -> None:
+        if self.upstream is not None and not self.upstream.transport.is_closing():
+            self.upstream.transport.pause_reading()
+
+    def client_resumed(self) -> None:
+        if self.upstream is not None and not self.upstream.transport.is_closing():
+            self.seen_at = self.proxy.upstreams.now
+            self.upstream.transport.resume_reading()
+
+    def sweep(self, now: float) -> None:
+        """The policy's time limit for the first byte and between two."""
+        upstream, ticket = self.upstream, self.ticket
+        if upstream is None or ticket is None:
+            return
+        if upstream.received != self.seen_bytes or self.connection.write_paused:
+            self.seen_bytes = upstream.received
+            self.seen_at = now
+        elif now - self.seen_at > ticket.policy.resilience.timeout_seconds:
+            self.upstream = None
+            broken_off = upstream.forward is not None
+            upstream.abort()
+            if broken_off:
+                self._break_off(upstream, ticket, "idle_timeout")
+            else:
+                self._give_up(
+                    ticket, "first_byte_timeout", 504, "upstream_timeout", "The worker did not answer in time."
+                )
+
+
+class Dechunker:
+    """Takes the chunked framing off an answer for an HTTP/1.0 client, which does not know it."""
+
+    def __init__(self, transport: asyncio.WriteTransport) -> None:
+        self._transport = transport
+        parser = httptools.HttpResponseParser(self)
+        parser.feed_data(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+        self.feed = parser.feed_data
+
+    def on_body(self, body: bytes) -> None:
+        self._transport.write(body)

@@ -1,0 +1,305 @@
+"""What the router counts, and how it is shown to Prometheus.
+
+While requests run only plain integers and floats in slots are touched; names, labels and text exist at the scrape alone
+(`RouterMetrics.collect`). Times are those of the clock the dispatcher uses. The series of one (model, pool, policy) are kept
+together and found by one look-up per request; a client cannot create more than MAX_SERIES of them.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from kvfleet_router.core.dispatcher import Dispatcher
+from kvfleet_router.io.usage import Usage
+
+if TYPE_CHECKING:
+    from kvfleet_router.core.ticket import Ticket
+    from kvfleet_router.io.exchange import Exchange
+
+PREFIX = "kvfleet_router_"
+MAX_SERIES = 1024
+OTHER_MODELS = "(other)"
+"""The model label once MAX_SERIES is reached."""
+
+WORKER_STATES = ("ready", "not_ready", "terminating", "ejected")
+
+TTFT_BUCKETS_S = (
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.15,
+    0.25,
+    0.5,
+    0.75,
+    1,
+    1.5,
+    2.5,
+    5,
+    7.5,
+    10,
+    20,
+    40,
+    80,
+    160,
+    640,
+)
+ITL_BUCKETS_S = (0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
+E2E_BUCKETS_S = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
+DECISION_BUCKETS_S = (5e-6, 1e-5, 2e-5, 4e-5, 8e-5, 1.6e-4, 3.2e-4, 6.4e-4, 1.28e-3, 5e-3, 2e-2, 1e-1)
+ERROR_BUCKETS_S = (-10, -5, -2, -1, -0.5, -0.2, -0.1, -0.05, -0.02, 0, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
+
+
+Labels = tuple[str, str, str]
+"""(model, pool, policy)"""
+
+
+class Histogram:
+    """Counts per bucket and the sum."""
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    def cumulative(self) -> list[tuple[str, float]]:
+        """(upper bound, count so far), as the exposition wants them."""
+        pairs, running = [], 0
+        for bound, count in zip((*self.bounds, float("inf")), self.counts, strict=True):
+            running += count
+            pairs.append(("+Inf" if bound == float("inf") else repr(float(bound)), float(running)))
+        return pairs
+
+
+class Series:
+    """All that is counted for one (model, pool, policy)."""
+
+    __slots__ = (
+        "cached_predicted",
+        "cached_reported",
+        "e2e",
+        "error",
+        "itl",
+        "outcomes",
+        "output_tokens",
+        "predicted_ttft_s",
+        "prompt_tokens",
+        "ttft",
+    )
+
+    def __init__(self) -> None:
+        self.outcomes: dict[str, int] = {}
+        self.ttft = Histogram(TTFT_BUCKETS_S)
+        self.itl = Histogram(ITL_BUCKETS_S)
+        self.e2e = Histogram(E2E_BUCKETS_S)
+        self.error = Histogram(ERROR_BUCKETS_S)
+        self.predicted_ttft_s = 0.0
+        self.prompt_tokens = 0.0
+        self.cached_predicted = 0.0
+        self.cached_reported = 0
+        self.output_tokens = 0
+
+
+class RouterMetrics(Collector):
+    """Counted by the exchanges, read by the scrape."""
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self._dispatcher = dispatcher
+        self._series: dict[Labels, Series] = {}
+        self.decision = Histogram(DECISION_BUCKETS_S)
+        self.retries: dict[tuple[str, str], int] = {}
+        """By (pool, cause)."""
+        self.errors: dict[str, int] = {}
+        """By cause."""
+        self.config_errors = 0
+        """Configurations that could not be taken."""
+        self.extra: list[Callable[[], Iterator[Metric]]] = []
+        """Further families, asked at each scrape."""
+
+    # The exchanges call
+
+    def answered(self, exchange: Exchange, ticket: Ticket, outcome: str, usage: Usage, now: float) -> None:
+        """An answer went out whole."""
+        series = self._of(ticket)
+        series.outcomes[outcome] = series.outcomes.get(outcome, 0) + 1
+        series.e2e.observe(now - exchange.started_at)
+        prompt_tokens = usage.prompt
+        series.prompt_tokens += ticket.prompt_tokens if prompt_tokens is None else prompt_tokens
+        series.cached_predicted += ticket.cached_tokens
+        if usage.cached:
+            series.cached_reported += usage.cached
+        chunks = ticket.chunks
+        series.output_tokens += chunks if usage.output is None else usage.output
+        if ticket.parsed.stream:
+            first_byte_at = exchange.first_byte_at
+            ttft_s = first_byte_at - exchange.started_at
+            series.ttft.observe(ttft_s)
+            series.error.observe(first_byte_at - ticket.sent_at - ticket.predicted_ttft_s)
+            series.predicted_ttft_s = ticket.predicted_ttft_s
+            if chunks > 1:
+                series.itl.observe((now - first_byte_at) / (chunks - 1))
+
+    def ended(self, exchange: Exchange, outcome: str, cause: str) -> None:
+        """A request got no whole answer from a worker: refused, failed, or its client went away."""
+        series = self._of(exchange.ticket)
+        series.outcomes[outcome] = series.outcomes.get(outcome, 0) + 1
+        if outcome == "refused":
+            self.error(cause)
+
+    def retried(self, ticket: Ticket, cause: str) -> None:
+        key = (ticket.worker.pool, cause)
+        self.retries[key] = self.retries.get(key, 0) + 1
+
+    def error(self, cause: str) -> None:
+        self.errors[cause] = self.errors.get(cause, 0) + 1
+
+    def _of(self, ticket: Ticket | None) -> Series:
+        labels = ("", "", "") if ticket is None else (ticket.parsed.model, ticket.worker.pool, ticket.policy.name)
+        series = self._series.get(labels)
+        if series is None:
+            if len(self._series) >= MAX_SERIES:
+                labels = (OTHER_MODELS, *labels[1:])
+            series = self._series.setdefault(labels, Series())
+        return series
+
+    # The scrape calls
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._requests()
+        yield from self._histograms()
+        yield from self._tokens()
+        yield from self._failures()
+        yield from self._fleet()
+        for families in self.extra:
+            yield from families()
+
+    def describe(self) -> list[Metric]:
+        """Names are known without collecting; none need to be checked at registration."""
+        return []
+
+    def _requests(self) -> Iterator[Metric]:
+        requests = CounterMetricFamily(
+            PREFIX + "requests", "Requests, by how they ended.", labels=("model", "pool", "policy", "outcome")
+        )
+        for labels, series in self._series.items():
+            for outcome, count in series.outcomes.items():
+                requests.add_metric((*labels, outcome), count)
+        yield requests
+
+    def _histograms(self) -> Iterator[Metric]:
+        families = (
+            ("ttft_seconds", "Time to first token of streamed answers, queueing included.", "ttft"),
+            ("itl_seconds", "Mean time between the tokens of a streamed answer.", "itl"),
+            ("e2e_seconds", "Time from a request's arrival to its answer's end.", "e2e"),
+            ("ttft_prediction_error_seconds", "Observed minus predicted time to first token.", "error"),
+        )
+        for name, text, attribute in families:
+            merged: dict[tuple[str, str], list[Histogram]] = {}
+            for (model, pool, _), series in self._series.items():
+                if pool:
+                    key = ("", pool) if attribute == "error" else (model, pool)
+                    merged.setdefault(key, []).append(getattr(series, attribute))
+            labels = ("pool",) if attribute == "error" else ("model", "pool")
+            family = HistogramMetricFamily(PREFIX + name, text, labels=labels)
+            for key, parts in merged.items():
+                total = _sum(parts)
+                family.add_metric(key[-len(labels) :], total.cumulative(), total.total)
+            yield family
+        decision = HistogramMetricFamily(
+            PREFIX + "decision_seconds", "CPU time to parse a request and choose its worker."
+        )
+        decision.add_metric((), self.decision.cumulative(), self.decision.total)
+        yield decision
+
+    def _tokens(self) -> Iterator[Metric]:
+        by_pool = ("model", "pool")
+        prompt = CounterMetricFamily(
+            PREFIX + "prompt_tokens", "Prompt tokens, as reported or else estimated.", labels=by_pool
+        )
+        cached = CounterMetricFamily(
+            PREFIX + "cached_tokens",
+            "Prompt tokens found in a worker's prefix cache: as predicted, and as engines reported.",
+            labels=(*by_pool, "source"),
+        )
+        output = CounterMetricFamily(
+            PREFIX + "output_tokens", "Output tokens, as reported or else chunks.", labels=by_pool
+        )
+        sums: dict[tuple[str, str], list[float]] = {}
+        for (model, pool, _), series in self._series.items():
+            if pool:
+                total = sums.setdefault((model, pool), [0.0] * 4)
+                counts = (series.prompt_tokens, series.cached_predicted, series.cached_reported, series.output_tokens)
+                total[:] = [a + b for a, b in zip(total, counts, strict=True)]
+        for key, (prompt_tokens, predicted, reported, output_tokens) in sums.items():
+            prompt.add_metric(key, prompt_tokens)
+            cached.add_metric((*key, "predicted"), predicted)
+            cached.add_metric((*key, "reported"), reported)
+            output.add_metric(key, output_tokens)
+        yield from (prompt, cached, output)
+
+    def _failures(self) -> Iterator[Metric]:
+        retries = CounterMetricFamily(
+            PREFIX + "retries", "Tries on another worker before the first byte.", labels=("pool", "cause")
+        )
+        for key, count in self.retries.items():
+            retries.add_metric(key, count)
+        errors = CounterMetricFamily(PREFIX + "errors", "What went wrong, by cause.", labels=("cause",))
+        for cause, count in self.errors.items():
+            errors.add_metric((cause,), count)
+        yield from (retries, errors)
+
+    def _fleet(self) -> Iterator[Metric]:
+        dispatcher = self._dispatcher
+        in_flight = GaugeMetricFamily(PREFIX + "in_flight", "Requests at workers.", labels=("pool",))
+        workers = GaugeMetricFamily(PREFIX + "workers", "Workers, by state.", labels=("pool", "state"))
+        predicted = GaugeMetricFamily(
+            PREFIX + "predicted_ttft_seconds", "Last predicted time to first token.", labels=("pool",)
+        )
+        pack = GaugeMetricFamily(
+            PREFIX + "pack_target_sequences",
+            "Sequences a worker is filled to before another is used.",
+            labels=("pool",),
+        )
+        for pool in dispatcher.config.pools:
+            name = pool.name
+            states = dict.fromkeys(WORKER_STATES, 0)
+            running = 0
+            for worker in dispatcher.workers(name):
+                states[worker.state] += 1
+                running += worker.in_flight
+            in_flight.add_metric((name,), running)
+            for state, count in states.items():
+                workers.add_metric((name, state), count)
+            pack.add_metric((name,), dispatcher.pack_target(name))
+        for (_, pool_name, _), series in self._series.items():
+            if pool_name and series.predicted_ttft_s:
+                predicted.add_metric((pool_name,), series.predicted_ttft_s)
+        queue = GaugeMetricFamily(PREFIX + "queue_depth", "Requests held in the router's queue.", labels=("policy",))
+        for policy, depth in dispatcher.queue_depths().items():
+            queue.add_metric((policy,), depth)
+        revision = GaugeMetricFamily(PREFIX + "config_info", "The configuration being served.", labels=("revision",))
+        revision.add_metric((dispatcher.config.revision,), 1)
+        rejected = CounterMetricFamily(PREFIX + "config_errors", "Configurations that could not be taken.")
+        rejected.add_metric((), self.config_errors)
+        yield from (in_flight, workers, predicted, pack, queue, revision, rejected)
+
+
+def _sum(parts: Sequence[Histogram]) -> Histogram:
+    total = Histogram(parts[0].bounds)
+    for part in parts:
+        total.counts = [a + b for a, b in zip(total.counts, part.counts, strict=True)]
+        total.total += part.total
+    return total
