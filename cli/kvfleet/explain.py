@@ -1,0 +1,88 @@
+"""A decision record in words: where a request went, what each candidate would have cost, what was predicted, what came."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+NEGLIGIBLE_SHARE = 0.005
+"""A part that is less than this share of the dearest candidate's cost is left out of the table."""
+
+
+def explain_decision(decision: Mapping[str, Any]) -> RenderableType:
+    """`decision` as the admin port gives it (`/decisions/ID`)."""
+    lines: list[RenderableType] = [_headline(decision)]
+    for number, made in enumerate(decision["tries"]):
+        if number:
+            lines.append(Text(f"  tried again: {decision['tries'][number - 1]['given_up']}", style="yellow"))
+        lines.append(_candidates(made))
+    lines.append(_outcome(decision))
+    return Group(*lines, "")
+
+
+def _headline(decision: Mapping[str, Any]) -> Text:
+    text = Text()
+    text.append(f"{decision['id']}", style="bold")
+    text.append(f"  {decision['model']}, {decision['prompt_tokens']:,} prompt tokens")
+    if tries := decision["tries"]:
+        text.append(" → ")
+        text.append(tries[-1]["worker"], style="bold green")
+    text.append(f"  (policy {decision['policy']}, strategy {decision['strategy']})", style="dim")
+    if (decision["held_s"] or 0) > 0.001:
+        text.append(f"  held {_ms(decision['held_s'])} at the router", style="yellow")
+    return text
+
+
+def _candidates(made: Mapping[str, Any]) -> Table:
+    """One row a candidate, cheapest first; one column for each part that mattered."""
+    candidates = made["candidates"]
+    dearest = max((abs(candidate["cost"]) for candidate in candidates), default=0.0)
+    names = [
+        name
+        for name in (candidates[0]["parts"] if candidates else {})
+        if any(abs(candidate["parts"][name]) > NEGLIGIBLE_SHARE * dearest for candidate in candidates)
+    ]
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("  candidate")
+    table.add_column("cached tokens", justify="right")
+    for name in [*names, "cost"]:
+        table.add_column(name.replace("_", " "), justify="right")
+    for candidate in candidates:
+        chosen = candidate["worker"] == made["worker"]
+        parts = [_number(candidate["parts"][name]) for name in names]
+        cells = [f"{candidate['cached_tokens']:,}", *parts, _number(candidate["cost"])]
+        table.add_row(f"{'→' if chosen else ' '} {candidate['worker']}", *cells, style="bold" if chosen else "")
+    if made["candidate_count"] > len(candidates):
+        table.add_row(f"  … {made['candidate_count'] - len(candidates)} more", style="dim")
+    return table
+
+
+def _outcome(decision: Mapping[str, Any]) -> Text:
+    text = Text("  ")
+    if tries := decision["tries"]:
+        text.append(f"predicted: TTFT {_ms(tries[-1]['predicted_ttft_s'])}, {tries[-1]['predicted_joules']:.0f} J")
+    outcome = decision["outcome"]
+    if outcome is None:
+        return text.append("; still running")
+    text.append(f"; came: {outcome['result']}")
+    if outcome.get("ttft_s") is not None:
+        text.append(f", TTFT {_ms(outcome['ttft_s'])}")
+    if outcome.get("cached_tokens") is not None:
+        text.append(f", {outcome['cached_tokens']:,} of {outcome['prompt_tokens']:,} prompt tokens from the cache")
+    if outcome.get("output_tokens") is not None:
+        text.append(f", {outcome['output_tokens']:,} tokens")
+    if outcome.get("detail"):
+        text.append(f" ({outcome['detail']})")
+    return text
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1000:,.0f} ms"

@@ -175,10 +175,9 @@ def router(
     """
     import logging
 
-    from kvfleet_router.app import run_router
-
     from kvfleet import fleet
     from kvfleet_api.compile import static_fleet
+    from kvfleet_router.app import run_router
 
     if log_level.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
         raise UsageError(f"--log-level {log_level}: use debug, info, warning or error")
@@ -209,7 +208,6 @@ def router(
         admin_port=admin_port,
         speed=speed,
         config_path=config,
-        kubernetes=kubernetes,
     )
     raise typer.Exit(code)
 

@@ -67,7 +67,9 @@ def test_no_pool_at_all_is_an_error(tmp_path: Path) -> None:
 
 
 def test_workers_are_given_by_pool() -> None:
-    config = with_workers(compile_manifests(load([QUICKSTART])), ["llama-8b-h100=http://127.0.0.1:1,http://127.0.0.1:2"])
+    config = with_workers(
+        compile_manifests(load([QUICKSTART])), ["llama-8b-h100=http://127.0.0.1:1,http://127.0.0.1:2"]
+    )
     urls = {pool.name: [endpoint.url for endpoint in pool.endpoints] for pool in config.pools}
     assert urls == {"llama-8b-h100": ["http://127.0.0.1:1", "http://127.0.0.1:2"], "llama-8b-a100": []}
 

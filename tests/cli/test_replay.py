@@ -9,7 +9,9 @@ import pytest
 from kvfleet.replay import Outcome, replay
 from kvfleet_sim.traces import TraceRow
 
-HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\nx-kvfleet-worker: w\r\n\r\n"
+HEAD = (
+    b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\nx-kvfleet-worker: w\r\n\r\n"
+)
 
 
 def chunk(data: bytes) -> bytes:
