@@ -26,6 +26,7 @@ from harness.network import NODE_IP, POD_CIDR, SERVICE_CIDR
 
 SERVER = f"https://{NODE_IP}:6443"
 START_TIMEOUT_S = 120
+PROXY_NODE = "node-0"
 ISSUER = "https://kubernetes.default.svc.cluster.local"
 
 ADMIN, KUBELET = "e2e-admin", "e2e-kubelet"
@@ -153,6 +154,7 @@ class ControlPlane:
             f"--service-account-signing-key-file={self.folder / 'service-account.key'}",
             f"--service-account-key-file={self.folder / 'service-account.key'}",
             "--allow-privileged=true",
+            "--kubelet-preferred-address-types=InternalIP",
             "--profiling=false",
         )
 
@@ -174,20 +176,27 @@ class ControlPlane:
             "--bind-address=127.0.0.1",
             *_CLIENT_LIMITS,
         )
-        self._component(
-            "kube-proxy",
-            f"--kubeconfig={self.kubeconfig('system:kube-proxy')}",
-            "--proxy-mode=nftables",
-            f"--cluster-cidr={POD_CIDR}",
-            "--hostname-override=node-0",
-            f"--bind-address={NODE_IP}",
+        (self.folder / "kube-proxy.json").write_text(json.dumps(self._proxy_configuration(), indent=1))
+        self._component("kube-proxy", f"--config={self.folder / 'kube-proxy.json'}")
+
+    def _proxy_configuration(self) -> dict[str, Any]:
+        return {
+            "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
+            "kind": "KubeProxyConfiguration",
+            "clientConnection": {"kubeconfig": str(self.kubeconfig("system:kube-proxy"))},
+            "mode": "nftables",
+            "nftables": {"minSyncPeriod": "50ms"},
+            "clusterCIDR": POD_CIDR,
+            "hostnameOverride": PROXY_NODE,
+            "bindAddress": NODE_IP,
             # The host's limits on tracked connections are not this cluster's to change.
-            "--conntrack-max-per-core=0",
-            "--conntrack-min=0",
-            "--conntrack-tcp-timeout-established=0s",
-            "--conntrack-tcp-timeout-close-wait=0s",
-            "--nftables-min-sync-period=100ms",
-        )
+            "conntrack": {
+                "maxPerCore": 0,
+                "min": 0,
+                "tcpEstablishedTimeout": "0s",
+                "tcpCloseWaitTimeout": "0s",
+            },
+        }
 
     # --- credentials
 

@@ -51,6 +51,8 @@ def create_cluster_namespace(cluster_id: str) -> None:
     _ip("netns", "add", name)
     _ip("-n", name, "link", "set", "lo", "up")
     _ip("-n", name, "address", "add", f"{NODE_IP}/32", "dev", "lo")
+    # Only a packet that has a route is sent at all; kube-proxy's rules then give it its real destination.
+    _ip("-n", name, "route", "add", SERVICE_CIDR, "dev", "lo", "src", NODE_IP)
     _run(["ip", "netns", "exec", name, "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward"])
 
 

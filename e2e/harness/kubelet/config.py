@@ -28,6 +28,8 @@ class ImageConfig(msgspec.Struct, forbid_unknown_fields=True):
     """As an image's CMD: the container's `args` replace it."""
     env: dict[str, str] = {}
     """As an image's ENV. `{labels[KEY]}` becomes the pod's label KEY, or nothing."""
+    working_dir: str = "/"
+    """As an image's WORKDIR."""
     programs: dict[str, str] = {}
     """Scripts that the image brings, by name; they come first in its PATH."""
 

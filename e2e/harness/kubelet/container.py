@@ -158,7 +158,7 @@ class Container:
             hosts_file=self._pod.hosts_file,
             command=images.command(self.spec, image, environment),
             environment=environment,
-            working_dir=self.spec.get("workingDir") or "/",
+            working_dir=self.spec.get("workingDir") or image.working_dir,
             mounts=self._pod.volumes.mounts(self.spec, environment),
             programs=image.programs,
             read_only_root=bool(security.get("readOnlyRootFilesystem")),

@@ -27,7 +27,12 @@ from harness.network import NETNS_DIR
 
 CHECKOUT = Path(__file__).resolve().parents[3]
 LAUNCH_TIMEOUT_S = 30
+LOG_LIMIT_BYTES = 16 * 1024 * 1024
 _DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
+
+# The shell's child is process 1 of the namespace that `unshare --pid` made. (`unshare --fork` would do, but cannot tell
+# that its child was killed.) The shell's own word on how its child ended does not belong in the container's log.
+_FIRST_PROCESS = 'exec 4>&2 2>/dev/null; setpriv --pdeathsig KILL sh "$0" 2>&4 4>&-; exit $?'
 
 
 class SandboxError(Exception):
@@ -55,65 +60,85 @@ class SandboxSpec:
 PROGRAMS_DIR = "/usr/local/e2e-image/bin"
 
 
-def launch_script(spec: SandboxSpec, ready_descriptor: int) -> str:
-    """Run by sh as process 1 of the new namespaces; ends by becoming the container's command."""
-    root = quote(str(spec.folder / "root"))
-    layer = quote(str(spec.folder / "layer"))
+def launch_script(spec: SandboxSpec) -> str:
+    """Run by sh as process 1 of the new namespaces; ends by becoming the container's command.
+
+    Standard input is a pipe to the kubelet, open for writing: a line in it tells that the command takes over.
+    """
     lines = [
         "set -e",
-        f"mkdir -p {root} {layer}",
-        f"mount -t tmpfs -o size=1g,mode=755 layer {layer}",
-        f"mkdir {layer}/upper {layer}/work",
-        f"mount -t overlay -o lowerdir=/,upperdir={layer}/upper,workdir={layer}/work overlay {root}",
-        f"mount -t proc proc {root}/proc",
-        f"mount --rbind /sys {root}/sys",
-        f"mount -t tmpfs -o mode=755 dev {root}/dev",
-        f"mkdir {root}/dev/shm {root}/dev/pts",
-        f"mount -t tmpfs -o size=256m,mode=1777 shm {root}/dev/shm",
-        *(f"touch {root}/dev/{name}; mount --bind /dev/{name} {root}/dev/{name}" for name in _DEVICES),
-        f"ln -s /proc/self/fd {root}/dev/fd",
-        f"ln -s /proc/self/fd/1 {root}/dev/stdout",
-        f"ln -s /proc/self/fd/2 {root}/dev/stderr",
-        f"mount -t tmpfs -o mode=755 run {root}/run",
-        *_machine_mounts(root),
+        f"root={quote(str(spec.folder / 'root'))}",
+        f"layer={quote(str(spec.folder / 'layer'))}",
+        'mkdir -p "$root" "$layer"',
+        'mount -t tmpfs -o size=1g,mode=755 layer "$layer"',
+        'mkdir "$layer/upper" "$layer/work"',
+        'mount -t overlay -o "lowerdir=/,upperdir=$layer/upper,workdir=$layer/work" overlay "$root"',
+        'mount -t proc proc "$root/proc"',
+        'mount --rbind /sys "$root/sys"',
+        *_device_mounts(),
+        # What the machine keeps there is none of the container's business.
+        'mount -t tmpfs -o mode=755 run "$root/run"',
+        'mount -t tmpfs -o size=1g,mode=1777 tmp "$root/tmp"',
+        *_machine_mounts(),
+        # There is no DNS server: a look-up of what /etc/hosts does not have fails at once, not after a time-out.
+        'rm -f "$root/etc/resolv.conf"',
+        'echo "nameserver 127.0.0.1" > "$root/etc/resolv.conf"',
         f"echo {quote(spec.hostname)} > /proc/sys/kernel/hostname",
     ]
     if spec.programs:
-        lines += _bind(Mount(spec.folder / "programs", PROGRAMS_DIR, read_only=True), root)
-    lines += _bind(Mount(spec.hosts_file, "/etc/hosts", read_only=True), root)
+        lines += _bind(Mount(spec.folder / "programs", PROGRAMS_DIR, read_only=True))
+    lines += _bind(Mount(spec.hosts_file, "/etc/hosts", read_only=True))
     # Deeper targets last: a mount on /data must not cover one on /data/cache.
     for mount in sorted(spec.mounts, key=lambda mount: mount.target.count("/")):
-        lines += _bind(mount, root)
+        lines += _bind(mount)
     if spec.read_only_root:
-        lines.append(f"mount -o remount,bind,ro {root}")
+        volumes = {mount.target for mount in spec.mounts}
+        lines += [f'mount -o remount,bind,ro "$root{path}"' for path in ("", "/tmp", "/run") if path not in volumes]
     privileges = "--bounding-set -all --inh-caps -all --no-new-privs " if spec.drop_capabilities else ""
     variables = " ".join(quote(f"{name}={value}") for name, value in spec.environment.items())
     words = " ".join(quote(word) for word in spec.command)
     enter = quote(f'cd {quote(spec.working_dir)} && exec "$@"')
     lines += [
-        f"echo ready >&{ready_descriptor}",
-        f"exec {ready_descriptor}>&-",
-        f"exec chroot {root} setpriv {privileges}-- env -i {variables} sh -c {enter} container {words}",
+        "echo ready >&0",
+        "exec </dev/null",
+        f'exec chroot "$root" setpriv {privileges}-- env -i {variables} sh -c {enter} container {words}',
     ]
     return "\n".join(lines) + "\n"
 
 
-def _bind(mount: Mount, root: str) -> list[str]:
-    source, target = quote(str(mount.source)), f"{root}{quote(mount.target)}"
-    make = (
-        f"mkdir -p {target}"
-        if mount.source.is_dir()
-        else f"mkdir -p $(dirname {target}); [ -e {target} ] || touch {target}"
-    )
+def _bind(mount: Mount) -> list[str]:
+    # Links are followed here, where the machine's root is the container's: `mkdir $root/var/run/x` would follow the
+    # link /var/run out of the container.
+    inside = os.path.realpath(mount.target)
+    source, target = quote(str(mount.source)), f'"$root"{quote(inside)}'
+    if mount.source.is_dir():
+        make = f"mkdir -p {target}"
+    else:
+        make = f'mkdir -p "$root"{quote(str(Path(inside).parent))}; [ -e {target} ] || touch {target}'
     lines = [make, f"mount --bind {source} {target}"]
     return [*lines, f"mount -o remount,bind,ro {target}"] if mount.read_only else lines
 
 
-def _machine_mounts(root: str) -> list[str]:
-    """Binds what programs need and what the overlay lacks because it is another mount than the machine's root."""
+def _device_mounts() -> list[str]:
+    return [
+        'mount -t tmpfs -o mode=755 dev "$root/dev"',
+        'mkdir "$root/dev/shm"',
+        'mount -t tmpfs -o size=1g,mode=1777 shm "$root/dev/shm"',
+        f"for name in {' '.join(_DEVICES)}; do",
+        '  touch "$root/dev/$name"; mount --bind "/dev/$name" "$root/dev/$name"',
+        "done",
+        'ln -s /proc/self/fd "$root/dev/fd"',
+        'ln -s /proc/self/fd/1 "$root/dev/stdout"',
+        'ln -s /proc/self/fd/2 "$root/dev/stderr"',
+    ]
+
+
+def _machine_mounts() -> list[str]:
+    """Binds what programs need and what the root lacks: it is another mount than the machine's root, or under /tmp."""
     needed = {CHECKOUT, Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve(), Path("/usr")}
-    elsewhere = sorted(path for path in needed if path.stat().st_dev != Path("/").stat().st_dev)
-    return [line for path in elsewhere for line in _bind(Mount(path, str(path), read_only=True), root)]
+    device = Path("/").stat().st_dev
+    missing = sorted(path for path in needed if path.stat().st_dev != device or path.is_relative_to("/tmp"))
+    return [line for path in missing for line in _bind(Mount(path, str(path), read_only=True))]
 
 
 class Sandbox:
@@ -122,6 +147,7 @@ class Sandbox:
     def __init__(self, spec: SandboxSpec, process: asyncio.subprocess.Process) -> None:
         self._spec = spec
         self._process = process
+        self._log = asyncio.create_task(self._copy_log())
 
     @classmethod
     async def start(cls, spec: SandboxSpec) -> Sandbox:
@@ -131,19 +157,17 @@ class Sandbox:
         reader, writer = os.pipe()
         try:
             script = spec.folder / "launch.sh"
-            script.write_text(launch_script(spec, writer))
-            with spec.log_file.open("ab") as log:
-                process = await asyncio.create_subprocess_exec(
-                    *("setpriv", "--pdeathsig", "KILL"),
-                    *("nsenter", f"--net={NETNS_DIR / spec.network}"),
-                    *("unshare", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child"),
-                    *("sh", str(script)),
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    pass_fds=(writer,),
-                    start_new_session=True,
-                )
+            script.write_text(launch_script(spec))
+            process = await asyncio.create_subprocess_exec(
+                *("setpriv", "--pdeathsig", "KILL"),
+                *("nsenter", f"--net={NETNS_DIR / spec.network}"),
+                *("unshare", "--mount", "--uts", "--ipc", "--pid"),
+                *("sh", "-c", _FIRST_PROCESS, str(script)),
+                stdin=writer,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+                start_new_session=True,
+            )
         except BaseException:
             os.close(reader)
             raise
@@ -151,18 +175,20 @@ class Sandbox:
             os.close(writer)
         sandbox = cls(spec, process)
         try:
-            launched = await asyncio.wait_for(asyncio.to_thread(_read_and_close, reader), LAUNCH_TIMEOUT_S)
+            launched = await asyncio.wait_for(asyncio.to_thread(_read_line, reader), LAUNCH_TIMEOUT_S)
         except BaseException:
             await sandbox.kill()
             raise
         if not launched:
-            code = await process.wait()
-            raise SandboxError(f"setting up the container failed with status {code}; see its log and {script}")
+            code = await sandbox.wait()
+            errors = spec.log_file.read_text(errors="replace").strip()[-500:]
+            raise SandboxError(f"setting up the container failed with status {code}: {errors}")
         return sandbox
 
     async def wait(self) -> int:
         """The exit code as Kubernetes counts: 128 + the signal's number where one ended it."""
         code = await self._process.wait()
+        await asyncio.shield(self._log)
         await asyncio.to_thread(shutil.rmtree, self._spec.folder, ignore_errors=True)
         return 128 - code if code < 0 else code
 
@@ -208,6 +234,17 @@ class Sandbox:
             return 124, f"timed out after {timeout_s} s"
         return process.returncode or 0, output.decode(errors="replace")[-1000:]
 
+    async def _copy_log(self) -> None:
+        """From a pipe, as with any container runtime: to write to /proc/1/fd/1 must not overwrite a file."""
+        assert self._process.stdout is not None
+        with self._spec.log_file.open("wb", buffering=0) as file:
+            while chunk := await self._process.stdout.read(65536):
+                if file.tell() + len(chunk) > LOG_LIMIT_BYTES:
+                    file.truncate(0)
+                    file.seek(0)
+                    file.write(b"(earlier output was dropped)\n")
+                file.write(chunk)
+
     def _first_process(self) -> int | None:
         try:
             children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
@@ -224,6 +261,7 @@ def _write_programs(spec: SandboxSpec) -> None:
         (folder / name).chmod(0o755)
 
 
-def _read_and_close(descriptor: int) -> bytes:
+def _read_line(descriptor: int) -> bytes:
+    """Nothing where the other side was closed before it wrote."""
     with os.fdopen(descriptor, "rb") as file:
-        return file.read()
+        return file.readline()

@@ -85,7 +85,10 @@ class Server:
 
 
 def _tail(content: bytes, lines: str | None) -> bytes:
-    return content if lines is None else b"".join(content.splitlines(keepends=True)[-int(lines) or len(content) :])
+    if lines is None:
+        return content
+    kept = content.splitlines(keepends=True)
+    return b"".join(kept[max(len(kept) - int(lines), 0) :])
 
 
 def _goes_on(container: Container, path: Path) -> bool:

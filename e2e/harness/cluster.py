@@ -1,0 +1,164 @@
+"""Which cluster the tests run on, and what a test may do to it beside the Kubernetes API.
+
+    KUBECONFIG is set            that cluster; nothing is created or deleted but the tests' namespaces
+    docker and kind are there    a kind cluster out of e2e/kind.yaml
+    otherwise                    the built-in one: `controlplane.py` and the process kubelet
+
+`KVFLEET_E2E_CLUSTER=existing|kind|builtin` overrides the choice.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+from harness.settings import E2E_DIR
+
+KIND_CLUSTER = "kvfleet-e2e"
+
+
+class ClusterError(Exception):
+    """A cluster cannot be had or cannot do what a test asks, and why."""
+
+
+class Cluster(ABC):
+    """A running cluster."""
+
+    _proxy: subprocess.Popen[str] | None = None
+    _proxy_url = ""
+
+    kubeconfig: Path
+    tools: str
+    """Folder with kubectl and helm that comes first in PATH, or empty."""
+    reaches_pods = False
+    """Whether the addresses of pods and Services are reachable from the tests."""
+
+    @abstractmethod
+    def signal_container(self, namespace: str, pod: str, container: str, number: int) -> None:
+        """Sends a signal to a container's process 1, from outside the container."""
+
+    @abstractmethod
+    def diagnosis(self) -> str:
+        """What the cluster's own components say where a test failed; empty where they are not ours."""
+
+    @abstractmethod
+    def close(self, keep: bool) -> None:
+        """Ends the cluster, or leaves it to the user."""
+
+    def api_proxy(self) -> str:
+        """A local address for the API server, with the user's credentials: the way to Services from outside."""
+        if self._proxy is None:
+            command = ["kubectl", "proxy", "--port=0"]
+            self._proxy = subprocess.Popen(command, env=self.environment(), stdout=subprocess.PIPE, text=True)
+            assert self._proxy.stdout is not None
+            self._proxy_url = "http://" + self._proxy.stdout.readline().split()[-1]
+        return self._proxy_url
+
+    def close_proxy(self) -> None:
+        if self._proxy is not None:
+            self._proxy.terminate()
+            self._proxy.wait()
+
+    def environment(self) -> dict[str, str]:
+        """For kubectl and helm."""
+        path = os.pathsep.join(part for part in (self.tools, os.environ.get("PATH", "")) if part)
+        return {**os.environ, "KUBECONFIG": str(self.kubeconfig), "PATH": path}
+
+    def run(self, *command: str, standard_input: str | None = None, timeout_s: float = 120) -> str:
+        """kubectl, helm or helm3 against this cluster: its output. Raises ClusterError with its errors."""
+        environment = self.environment()
+        program = shutil.which(command[0], path=environment["PATH"])
+        if program is None:
+            raise ClusterError(f"{command[0]} is not installed: install it, or use the built-in cluster, which has it")
+        result = subprocess.run(
+            [program, *command[1:]],
+            env=environment,
+            input=standard_input,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+        if result.returncode != 0:
+            raise ClusterError(f"`{' '.join(command)}` failed ({result.returncode}): {result.stderr or result.stdout}")
+        return result.stdout
+
+
+class ExistingCluster(Cluster):
+    """The user's own, by kubeconfig."""
+
+    def __init__(self, kubeconfig: Path) -> None:
+        self.kubeconfig = kubeconfig
+        self.tools = ""
+        if not kubeconfig.exists():
+            raise ClusterError(f"KUBECONFIG={kubeconfig}: no such file; unset it to use a cluster made for the tests")
+        self.run("kubectl", "version", "--request-timeout=10s")
+
+    def signal_container(self, namespace: str, pod: str, container: str, number: int) -> None:
+        raise ClusterError(
+            "signals to containers need the node: run this test on kind or on the built-in cluster (unset KUBECONFIG)"
+        )
+
+    def diagnosis(self) -> str:
+        return ""
+
+    def close(self, keep: bool) -> None:
+        """Nothing but the proxy is ours."""
+        self.close_proxy()
+
+
+class KindCluster(Cluster):
+    """Made by kind out of e2e/kind.yaml; an earlier one that was kept is used again."""
+
+    def __init__(self, kubeconfig: Path) -> None:
+        self.kubeconfig = kubeconfig
+        self.tools = ""
+        known = self.run("kind", "get", "clusters").split()
+        if KIND_CLUSTER not in known:
+            config = str(E2E_DIR / "kind.yaml")
+            self.run("kind", "create", "cluster", "--name", KIND_CLUSTER, "--config", config, timeout_s=600)
+        self.run("kind", "export", "kubeconfig", "--name", KIND_CLUSTER, "--kubeconfig", str(kubeconfig))
+
+    def signal_container(self, namespace: str, pod: str, container: str, number: int) -> None:
+        wanted = f"{{.status.containerStatuses[?(@.name=='{container}')].containerID}}"
+        template = f"-o=jsonpath={{.spec.nodeName}} {wanted}"
+        answer = self.run("kubectl", "get", "pod", pod, "-n", namespace, template)
+        node, identity = answer.split()
+        inspect = ["crictl", "inspect", "--output", "go-template", "--template", "{{.info.pid}}"]
+        pid = self.run("docker", "exec", node, *inspect, identity.split("//")[1]).strip()
+        self.run("docker", "exec", node, "kill", f"-{number}", pid)
+
+    def diagnosis(self) -> str:
+        return ""
+
+    def close(self, keep: bool) -> None:
+        self.close_proxy()
+        if not keep:
+            self.run("kind", "delete", "cluster", "--name", KIND_CLUSTER)
+
+
+def open_cluster(scratch: Path, keep: bool) -> Cluster:
+    """`scratch` is a folder for files that last as long as the test run."""
+    choice = os.environ.get("KVFLEET_E2E_CLUSTER") or _default_choice()
+    if choice == "existing":
+        return ExistingCluster(Path(os.environ.get("KUBECONFIG") or Path.home() / ".kube" / "config"))
+    if choice == "kind":
+        return KindCluster(scratch / "kind.kubeconfig")
+    if choice == "builtin":
+        from harness.builtin import BuiltinCluster  # Linux only; the two others run anywhere.
+
+        return BuiltinCluster.start(keep)
+    raise ClusterError(f"KVFLEET_E2E_CLUSTER={choice}: choose existing, kind or builtin")
+
+
+def _default_choice() -> str:
+    if os.environ.get("KUBECONFIG"):
+        return "existing"
+    if shutil.which("kind") and shutil.which("docker"):
+        docker = subprocess.run(["docker", "info"], capture_output=True, check=False)
+        if docker.returncode == 0:
+            return "kind"
+    return "builtin"

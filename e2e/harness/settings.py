@@ -1,0 +1,109 @@
+"""What a run is told by its environment, and the table of images that follows from it.
+
+KVFLEET_E2E_SPEED      simulated seconds that pass in a real one (default 20)
+KVFLEET_E2E_STARTUP_S  real seconds a simulated worker takes to load its model (default 0.5)
+KVFLEET_E2E_IMAGES     JSON file with further images, tried first: [{"match": "…", "entrypoint": ["…"], …}]
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
+
+import msgspec
+
+from harness.kubelet.config import ImageConfig, NodeConfig
+
+E2E_DIR = Path(__file__).resolve().parent.parent
+
+PROFILE_LABEL = "kvfleet.io/accelerator-profile"
+WEB_IMAGE = "e2e/web:1"
+"""The self-tests' HTTP process, `web.py`."""
+
+# Real vLLM images start with `vllm serve`; the simulated worker takes the arguments that follow.
+_VLLM = """#!/bin/sh
+if [ "$1" != serve ]; then
+  echo "vllm: only 'vllm serve' is simulated, not '$1'" >&2
+  exit 2
+fi
+shift
+exec {kvfleet} worker "$@" --speed "$E2E_SPEED" ${{E2E_PROFILE:+--profile "$E2E_PROFILE"}}
+"""
+
+
+class SettingsError(Exception):
+    """A setting with a value that cannot be meant."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    speed: float = 20.0
+    startup_s: float = 0.5
+    extra_images: tuple[ImageConfig, ...] = ()
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str] = os.environ) -> Settings:
+        return cls(
+            speed=_positive(environment, "KVFLEET_E2E_SPEED", cls.speed),
+            startup_s=_positive(environment, "KVFLEET_E2E_STARTUP_S", cls.startup_s),
+            extra_images=_images(environment.get("KVFLEET_E2E_IMAGES", "")),
+        )
+
+    def images(self) -> list[ImageConfig]:
+        python = quote(sys.executable)
+        kvfleet = quote(str(Path(sys.executable).parent / "kvfleet"))
+        web = quote(str(E2E_DIR / "harness" / "web.py"))
+        return [
+            *self.extra_images,
+            ImageConfig(
+                match="vllm/vllm-openai:*",
+                entrypoint=["vllm", "serve"],
+                env={"E2E_SPEED": str(self.speed), "E2E_PROFILE": f"{{labels[{PROFILE_LABEL}]}}"},
+                programs={"vllm": _VLLM.format(kvfleet=kvfleet)},
+            ),
+            ImageConfig(  # As the Dockerfile has it.
+                match="*/kvfleet:*",
+                entrypoint=["kvfleet"],
+                env={"USER": "kvfleet", "HOME": "/tmp", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"},
+                working_dir="/tmp",
+                programs={"kvfleet": f'#!/bin/sh\nexec {kvfleet} "$@"\n'},
+            ),
+            ImageConfig(
+                match=WEB_IMAGE, entrypoint=["web"], programs={"web": f'#!/bin/sh\nexec {python} {web} "$@"\n'}
+            ),
+            ImageConfig(match="python:*", cmd=["python"], programs={"python": f'#!/bin/sh\nexec {python} "$@"\n'}),
+            ImageConfig(match="busybox:*", cmd=["sh"]),
+        ]
+
+
+def default_nodes() -> list[NodeConfig]:
+    product = {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}
+    zones = ("a", "b")
+    return [
+        NodeConfig(name=f"node-{number}", labels={**product, "topology.kubernetes.io/zone": f"zone-{zone}"})
+        for number, zone in enumerate(zones)
+    ]
+
+
+def _positive(environment: Mapping[str, str], name: str, default: float) -> float:
+    text = environment.get(name, str(default))
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
+    if not 0 < value < 1e6:
+        raise SettingsError(f"{name}={text}: give a positive number")
+    return value
+
+
+def _images(file: str) -> tuple[ImageConfig, ...]:
+    if not file:
+        return ()
+    try:
+        return tuple(msgspec.json.decode(Path(file).read_bytes(), type=list[ImageConfig]))
+    except (OSError, msgspec.DecodeError) as error:
+        raise SettingsError(f"KVFLEET_E2E_IMAGES={file}: {error}") from None
