@@ -267,9 +267,14 @@ def custom_resources(objects: list[Manifest]) -> list[Manifest]:
     return found
 
 
+def helm_annotations(manifest: Manifest) -> dict[str, str]:
+    annotations = manifest["metadata"].get("annotations", {})
+    return {name: value for name, value in annotations.items() if "helm.sh/" in name}
+
+
 def test_objects_of_kinds_that_the_cluster_does_not_know_yet_come_after_their_crds(template: Render) -> None:
     for manifest in custom_resources(template(*CUSTOM, namespace="here")):
-        assert manifest["metadata"]["annotations"] == {
+        assert helm_annotations(manifest) == {
             "helm.sh/hook": "post-install,post-upgrade",
             "helm.sh/resource-policy": "keep",
             "meta.helm.sh/release-name": "kvfleet",
@@ -277,11 +282,32 @@ def test_objects_of_kinds_that_the_cluster_does_not_know_yet_come_after_their_cr
         }
 
 
+@pytest.mark.parametrize(
+    ("arguments", "kinds"),
+    [
+        ([], {"AcceleratorProfile"}),
+        (CUSTOM, {"AcceleratorProfile", "FleetRouter"}),
+        ([*CUSTOM, "--set", "profiles.enabled=false"], {"FleetRouter"}),
+        ([*CUSTOM, *KNOWN[:2]], {"FleetRouter"}),
+        (["--set", "profiles.enabled=false"], set()),
+        ([*CUSTOM, *KNOWN], set()),
+    ],
+)
+def test_hooks_wait_for_the_kinds_that_are_not_served_yet(
+    template: Render, arguments: list[str], kinds: set[str]
+) -> None:
+    objects = template(*arguments)
+    hook = pods(objects).get("hook")
+    assert (set(hook["containers"][0]["args"][1:]) if hook else set()) == kinds
+    if hook:
+        assert hook["containers"][0]["args"][0] == (CHART / "files/wait_for_kinds.py").read_text()
+
+
 def test_objects_of_known_kinds_belong_to_the_release(template: Render) -> None:
     for manifest in custom_resources(template(*CUSTOM, *KNOWN)):
-        assert manifest["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
+        assert helm_annotations(manifest) == {"helm.sh/resource-policy": "keep"}
     for manifest in custom_resources(template(*CUSTOM, *KNOWN, "--set", "crds.keep=false")):
-        assert "annotations" not in manifest["metadata"]
+        assert helm_annotations(manifest) == {}
 
 
 def rules(listed: list[rbac.Rule]) -> list[Manifest]:
@@ -335,17 +361,19 @@ def test_no_role_for_users_reaches_beyond_kvfleets_own_kinds(template: Render) -
         assert not any("*" in rule["verbs"] + rule["resources"] for rule in role["rules"])
 
 
-def pods(objects: list[Manifest]) -> list[Manifest]:
-    return [manifest["spec"] for manifest in of_kind(objects, "Pod")] + [
-        manifest["spec"]["template"]["spec"] for manifest in of_kind(objects, "Deployment")
-    ]
+def pods(objects: list[Manifest]) -> dict[str, Manifest]:
+    """Pod specs by component: operator, hook (until the kinds are served), test."""
+    owners = [*of_kind(objects, "Pod"), *of_kind(objects, "Deployment")]
+    component = "app.kubernetes.io/component"
+    specs = [owner["spec"].get("template", owner)["spec"] for owner in owners]
+    return {owner["metadata"]["labels"][component]: spec for owner, spec in zip(owners, specs, strict=True)}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_pods_meet_the_restricted_pod_security_standard(template: Render, case: str) -> None:
     found = pods(template(*values(case)))
-    assert len(found) == 2  # the operator and the test
-    for spec in found:
+    assert found.keys() == {"operator", "hook", "test"}
+    for spec in found.values():
         assert spec["securityContext"]["runAsNonRoot"] is True
         assert spec["securityContext"]["seccompProfile"]["type"] == "RuntimeDefault"
         assert not {"hostNetwork", "hostPID", "hostIPC"} & spec.keys()
@@ -357,11 +385,11 @@ def test_pods_meet_the_restricted_pod_security_standard(template: Render, case: 
             assert context["capabilities"] == {"drop": ["ALL"]}
 
 
-def test_only_the_operator_gets_a_token(template: Render) -> None:
+def test_only_what_talks_to_the_api_server_gets_a_token(template: Render) -> None:
     objects = template()
     assert one(objects, "ServiceAccount")["automountServiceAccountToken"] is False
-    assert one(objects, "Pod")["spec"]["automountServiceAccountToken"] is False
-    assert one(objects, "Deployment")["spec"]["template"]["spec"]["automountServiceAccountToken"] is True
+    tokens = {component: spec["automountServiceAccountToken"] for component, spec in pods(objects).items()}
+    assert tokens == {"operator": True, "hook": True, "test": False}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -383,11 +411,11 @@ def test_the_operator_command_knows_every_argument(template: Render, case: str) 
         (f"image.tag=dev,image.digest=sha256:{'a' * 64}", f"ghcr.io/kvfleet/kvfleet@sha256:{'a' * 64}"),
     ],
 )
-def test_operator_router_and_test_run_the_chosen_image(template: Render, settings: str, image: str) -> None:
+def test_everything_runs_the_chosen_image(template: Render, settings: str, image: str) -> None:
     objects = template("--set", settings, "--set", "router.enabled=true")
     assert container(objects)["image"] == image
     assert one(objects, "FleetRouter")["spec"]["image"] == image
-    assert one(objects, "Pod")["spec"]["containers"][0]["image"] == image
+    assert {spec["containers"][0]["image"] for spec in pods(objects).values()} == {image}
 
 
 def test_a_router_image_of_ones_own_wins(template: Render) -> None:

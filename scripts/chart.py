@@ -1,9 +1,5 @@
-"""The generated files of the Helm chart: written, or with `--check` compared and every difference named.
+"""The generated files of the Helm chart; generate.py writes and checks them. What comes from where:
 
-    python scripts/chart.py            # write
-    python scripts/chart.py --check    # exit 1 when a file is not what it should be
-
-What comes from where:
 - files/crds/: copies of crds/*.yaml; files/profiles/: copies of the bundled AcceleratorProfiles. A chart can only read
   files below itself.
 - files/rbac.yaml: the operator's own list of the rights it needs (kvfleet_operator.rbac).
@@ -13,13 +9,11 @@ What comes from where:
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
-from chart_values import ValuesError, read_values, values_schema, values_table
+from chart_values import read_values, values_schema, values_table
 
 from kvfleet_operator import rbac
 
@@ -92,50 +86,3 @@ def with_table(readme: str, table: str) -> str:
             f"{CHART}/README.md lacks the marks {TABLE_START} … {TABLE_END}: put them where the table belongs"
         )
     return f"{before}{start}\n{table}\n{end}{after}"
-
-
-def leftovers(root: Path, wanted: Iterable[Path]) -> list[Path]:
-    """Copies whose source is gone."""
-    present = (path.relative_to(root) for target in COPIES.values() for path in (root / target).glob("*"))
-    return sorted(set(present) - set(wanted))
-
-
-def differences(root: Path = ROOT) -> list[str]:
-    """One line for every generated file that is not as wanted."""
-    wanted = outputs(root)
-    found = [f"{path} has no source any more" for path in leftovers(root, wanted)]
-    for path, content in wanted.items():
-        if not (root / path).exists():
-            found.append(f"{path} is missing")
-        elif (root / path).read_text() != content:
-            found.append(f"{path} differs from what is generated")
-    return found
-
-
-def write(root: Path = ROOT) -> None:
-    """Bring every generated file up to date."""
-    wanted = outputs(root)
-    for path in leftovers(root, wanted):
-        (root / path).unlink()
-    for path, content in wanted.items():
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_text(content)
-
-
-def main(arguments: list[str]) -> int:
-    try:
-        if arguments not in ([], ["--check"]):
-            raise ChartError(f"unknown arguments {' '.join(arguments)}: only --check is known")
-        if not arguments:
-            write()
-            return 0
-        found = differences()
-    except (ChartError, ValuesError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    sys.stderr.writelines(f"{line}: run `make generate`\n" for line in found)
-    return 1 if found else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

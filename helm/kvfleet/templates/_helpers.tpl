@@ -84,20 +84,58 @@ app.kubernetes.io/component: operator
 {{- end -}}
 {{- end -}}
 
+{{/* Pods of hooks: placed and secured as the operator's. */}}
+{{- define "kvfleet.hookPod" -}}
+restartPolicy: Never
+{{- with .Values.image.pullSecrets }}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- range $field := list "nodeSelector" "tolerations" "affinity" }}
+{{- with index $.Values.operator $field }}
+{{ $field }}:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+{{- with .Values.operator.podSecurityContext }}
+securityContext:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end -}}
+
+{{- define "kvfleet.hookContainer" -}}
+image: {{ include "kvfleet.image" . | quote }}
+imagePullPolicy: {{ .Values.image.pullPolicy }}
+{{- with .Values.operator.resources }}
+resources:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.operator.securityContext }}
+securityContext:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end -}}
+
+{{/* Whether the cluster serves a kind of ours already; argument: list $ KIND. */}}
+{{- define "kvfleet.kindIsKnown" -}}
+{{- (index . 0).Capabilities.APIVersions.Has (printf "kvfleet.io/v1alpha1/%s" (index . 1)) -}}
+{{- end -}}
+
 {{/*
-Annotations of a custom resource whose CRD this same release may bring; argument: dict "root" $ "kind" KIND.
+Annotations of a custom resource whose CRD this same release may bring; argument: list $ KIND.
 
 Helm resolves every kind of a release before it creates the first object, so a custom resource cannot stand beside its
-new CRD. Where the cluster does not know the kind yet, the object is therefore a post-install hook, and carries the
-marks of Helm's ownership by which the next upgrade adopts it as an ordinary object of the release.
+new CRD. Where the cluster does not know the kind yet, the object is therefore a hook that runs after wait-for-kinds.yaml,
+and carries the marks of Helm's ownership by which the next upgrade adopts it as an ordinary object of the release.
 */}}
 {{- define "kvfleet.customResourceAnnotations" -}}
-{{- if not (.root.Capabilities.APIVersions.Has (printf "kvfleet.io/v1alpha1/%s" .kind)) }}
+{{- $root := index . 0 -}}
+{{- if ne (include "kvfleet.kindIsKnown" .) "true" }}
 helm.sh/hook: post-install,post-upgrade
-meta.helm.sh/release-name: {{ .root.Release.Name }}
-meta.helm.sh/release-namespace: {{ .root.Release.Namespace }}
+meta.helm.sh/release-name: {{ $root.Release.Name }}
+meta.helm.sh/release-namespace: {{ $root.Release.Namespace }}
 {{- end }}
-{{- if .root.Values.crds.keep }}
+{{- if $root.Values.crds.keep }}
 helm.sh/resource-policy: keep
 {{- end }}
 {{- end -}}
