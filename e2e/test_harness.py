@@ -343,6 +343,28 @@ def test_gpus_are_counted(given: Given, when: When, then: Then, kube: Kube) -> N
     then.ready("Pod", waiting)
 
 
+def test_a_lost_node_s_pods_are_replaced_elsewhere(given: Given, then: Then, story: Story, cluster: Cluster) -> None:
+    tolerations = [
+        {"key": f"node.kubernetes.io/{state}", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 0}
+        for state in ("unreachable", "not-ready")
+    ]
+    given.applied(web_deployment(1, tolerations=tolerations), web_service())
+    then.ready("Deployment", "web")
+    node = story.kube.list("Pod", WEB)[0]["spec"]["nodeName"]
+    cluster.fail_node(node)
+    try:
+
+        def served_elsewhere() -> bool:
+            pods = [pod for pod in story.kube.list("Pod", WEB) if pod["spec"].get("nodeName") != node]
+            name = httpx.get(story.url("web"), timeout=1).raise_for_status().text.split()[0]
+            return name in {pod["metadata"]["name"] for pod in pods}
+
+        then.eventually("another node's pod answers", served_elsewhere, within_s=90)
+    finally:
+        cluster.recover_node(node)
+    then.ready("Node", node).counts("Pod", 1, WEB)
+
+
 def test_an_unknown_image_and_an_unsupported_field_are_told_by_name(given: Given, then: Then, cluster: Cluster) -> None:
     if not cluster.reaches_pods:
         pytest.skip("the process kubelet's own errors")

@@ -63,10 +63,7 @@ class BuiltinCluster(Cluster):
             raise ClusterError(str(error)) from None
         sweep()
         cluster_id = secrets.token_hex(3)
-        folder = clusters_folder() / cluster_id
-        folder.mkdir(parents=True)
-        lock = _lock(folder)
-        assert lock is not None
+        folder, lock = _make_folder(cluster_id)
         network.create_cluster_namespace(cluster_id)
         way_back = network.enter(cluster_id)
         control_plane = ControlPlane(folder, programs, outlives_us=keep)
@@ -173,6 +170,17 @@ def _lock(folder: Path) -> IO[str] | None:
     return file
 
 
+def _make_folder(cluster_id: str) -> tuple[Path, IO[str]]:
+    """A folder that is locked from the moment a sweep of another process can see it."""
+    folder = clusters_folder() / cluster_id
+    hidden = folder.with_name(f".{cluster_id}")
+    hidden.mkdir(parents=True)
+    lock = _lock(hidden)
+    assert lock is not None
+    hidden.rename(folder)
+    return folder, lock
+
+
 def _remove(cluster_id: str) -> None:
     network.destroy(cluster_id)
     shutil.rmtree(clusters_folder() / cluster_id, ignore_errors=True)
@@ -180,7 +188,7 @@ def _remove(cluster_id: str) -> None:
 
 def _known() -> Iterator[str]:
     if clusters_folder().is_dir():
-        yield from sorted(entry.name for entry in clusters_folder().iterdir() if entry.is_dir())
+        yield from sorted(entry.name for entry in clusters_folder().iterdir() if not entry.name.startswith("."))
 
 
 def sweep() -> list[str]:

@@ -41,6 +41,14 @@ class Cluster(ABC):
         """Sends a signal to a container's process 1, from outside the container."""
 
     @abstractmethod
+    def fail_node(self, name: str) -> None:
+        """Cuts a node's power: its pods' processes and its lease end, packets to them are lost."""
+
+    @abstractmethod
+    def recover_node(self, name: str) -> None:
+        """Switches it on again."""
+
+    @abstractmethod
     def diagnosis(self) -> str:
         """What the cluster's own components say where a test failed; empty where they are not ours."""
 
@@ -102,6 +110,12 @@ class ExistingCluster(Cluster):
             "signals to containers need the node: run this test on kind or on the built-in cluster (unset KUBECONFIG)"
         )
 
+    def fail_node(self, name: str) -> None:
+        raise ClusterError("nodes of a cluster that is not the tests' own are not failed: use kind or unset KUBECONFIG")
+
+    def recover_node(self, name: str) -> None:
+        """None was failed."""
+
     def diagnosis(self) -> str:
         return ""
 
@@ -131,6 +145,12 @@ class KindCluster(Cluster):
         pid = self.run("docker", "exec", node, *inspect, identity.split("//")[1]).strip()
         self.run("docker", "exec", node, "kill", f"-{number}", pid)
 
+    def fail_node(self, name: str) -> None:
+        self.run("docker", "kill", name)
+
+    def recover_node(self, name: str) -> None:
+        self.run("docker", "start", name)
+
     def diagnosis(self) -> str:
         return ""
 
@@ -142,7 +162,7 @@ class KindCluster(Cluster):
 
 def open_cluster(scratch: Path, keep: bool) -> Cluster:
     """`scratch` is a folder for files that last as long as the test run."""
-    choice = os.environ.get("KVFLEET_E2E_CLUSTER") or _default_choice()
+    choice = chosen()
     if choice == "existing":
         return ExistingCluster(Path(os.environ.get("KUBECONFIG") or Path.home() / ".kube" / "config"))
     if choice == "kind":
@@ -154,7 +174,10 @@ def open_cluster(scratch: Path, keep: bool) -> Cluster:
     raise ClusterError(f"KVFLEET_E2E_CLUSTER={choice}: choose existing, kind or builtin")
 
 
-def _default_choice() -> str:
+def chosen() -> str:
+    """existing, kind or builtin."""
+    if choice := os.environ.get("KVFLEET_E2E_CLUSTER"):
+        return choice
     if os.environ.get("KUBECONFIG"):
         return "existing"
     if shutil.which("kind") and shutil.which("docker"):
@@ -162,3 +185,7 @@ def _default_choice() -> str:
         if docker.returncode == 0:
             return "kind"
     return "builtin"
+
+
+if __name__ == "__main__":
+    print(chosen())

@@ -27,6 +27,8 @@ from harness.network import NODE_IP, POD_CIDR, SERVICE_CIDR
 SERVER = f"https://{NODE_IP}:6443"
 START_TIMEOUT_S = 120
 PROXY_NODE = "node-0"
+NODE_GRACE_S = 20
+"""After which a silent node counts as lost (default 50)."""
 ISSUER = "https://kubernetes.default.svc.cluster.local"
 
 ADMIN, KUBELET = "e2e-admin", "e2e-kubelet"
@@ -165,6 +167,8 @@ class ControlPlane:
             f"--service-account-private-key-file={self.folder / 'service-account.key'}",
             f"--root-ca-file={self.ca_file}",
             "--use-service-account-credentials=true",
+            f"--node-monitor-grace-period={NODE_GRACE_S}s",
+            "--node-monitor-period=1s",
             "--leader-elect=false",
             "--bind-address=127.0.0.1",
             *_CLIENT_LIMITS,

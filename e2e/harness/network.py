@@ -109,6 +109,16 @@ async def delete_pod_namespace(cluster_id: str, number: int) -> None:
         await _ip_async(["netns", "delete", name])
 
 
+async def cut_off(number: int, address: str) -> None:
+    """From now on packets to and from the pod are lost without an answer, as when its node is without power."""
+    await _ip_batch([], f"link set pod{number} down", f"route add blackhole {address}/32")
+
+
+async def forget(addresses: list[str]) -> None:
+    """Ends what `cut_off` began, for pods that are gone."""
+    await _ip_batch([], *(f"route delete blackhole {address}/32" for address in addresses))
+
+
 def destroy(cluster_id: str) -> None:
     """Ends every process inside the cluster's namespaces and deletes them."""
     pattern = re.compile(rf"{PREFIX}-{re.escape(cluster_id)}(-p\d+)?")

@@ -38,6 +38,7 @@ class Manager:
         self._pods = Reflector(api, "/api/v1/pods", self._pod_changed, fieldSelector="spec.nodeName!=")
         self._running: dict[str, Running] = {}
         """By the pod's UID."""
+        self._lost_addresses: list[str] = []
         self._numbers = itertools.cycle(range(1, int(network.LAST_POD_IP) - int(network.FIRST_POD_IP) + 1))
         self._tasks = asyncio.TaskGroup()
         self._event_number = itertools.count()
@@ -73,13 +74,16 @@ class Manager:
         self._nodes[name].online.clear()
         for uid, running in list(self._running.items()):
             if running.node == name:
-                running.worker.lose_power()
+                await running.worker.lose_power()
+                self._lost_addresses.append(running.worker.facts.pod_ip)
                 running.task.cancel()
                 await asyncio.gather(running.task, return_exceptions=True)
                 self._running.pop(uid, None)
 
-    def recover_node(self, name: str) -> None:
+    async def recover_node(self, name: str) -> None:
         """Pods that are still bound to it start anew."""
+        await network.forget(self._lost_addresses)
+        self._lost_addresses.clear()
         self._nodes[name].online.set()
         for pod in list(self._pods.items.values()):
             if pod["spec"]["nodeName"] == name:

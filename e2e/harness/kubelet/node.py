@@ -15,7 +15,8 @@ from harness.kubelet.container import now
 log = logging.getLogger(__name__)
 
 LEASE_DURATION_S = 40
-RENEW_EVERY_S = 10
+RENEW_EVERY_S = 2
+"""A real kubelet: 10. The controller-manager is told to give a node up sooner, too."""
 LEASES = "/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases"
 
 

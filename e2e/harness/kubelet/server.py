@@ -80,7 +80,7 @@ class Server:
         if request.match_info["action"] == "fail":
             await self._manager.fail_node(node)
         else:
-            self._manager.recover_node(node)
+            await self._manager.recover_node(node)
         return web.Response()
 
 

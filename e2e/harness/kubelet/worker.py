@@ -135,9 +135,11 @@ class PodWorker:
     def container(self, name: str) -> Container | None:
         return next((item for item in [*self._init, *self._main] if item.name == name), None)
 
-    def lose_power(self) -> None:
-        """The node dies: all processes end and nobody is told."""
+    async def lose_power(self) -> None:
+        """The node dies: all processes end, nobody is told, and no packet of theirs says goodbye."""
         self._silent = True
+        if self._network_ready:
+            await network.cut_off(self._number, self.facts.pod_ip)
         for item in self._all():
             item.stopping.set()
             item.signal(signal.SIGKILL)
