@@ -225,8 +225,9 @@ def main() -> int:
             path = ROOT / "crds/kvfleet_api/profiles" / f"{DEVICES[key].name}.yaml"
             path.write_text(header + yaml.safe_dump(content, sort_keys=False, width=120), encoding="utf-8")
         page = ROOT / "docs/accelerators.md"
-        marked = re.compile(r"(?<=<!-- fit -->\n).*(?=\n<!-- /fit -->)", re.DOTALL)
-        page.write_text(marked.sub(lambda _: f"\n{text}\n", page.read_text(encoding="utf-8")), encoding="utf-8")
+        marked = re.compile(r"<!-- fit -->.*<!-- /fit -->", re.DOTALL)
+        filled = f"<!-- fit -->\n\n{text}\n\n<!-- /fit -->"
+        page.write_text(marked.sub(lambda _: filled, page.read_text(encoding="utf-8")), encoding="utf-8")
     return 0
 
 

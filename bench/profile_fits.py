@@ -293,7 +293,7 @@ class Fits:
     def energy_row(
         self, device: str, model: Model, tensor: int, tasks: Sequence[str], c: float = 0, like: Row | None = None
     ) -> None:
-        """Kind 1. Without long-context runs (`like` given), C and Ec are taken over, per byte of KV cache."""
+        """Kind 1. Without long-context runs `c` is given, and Ec such that reading context draws `like`'s share of the power limit."""
         data = Measured.of(self.mlenergy, DEVICES[device], model, tensor, tasks)
         one, context = np.ones_like(data.batch), data.batch * data.context
         pp, pq = self.prefill(device, model, tensor)
@@ -305,10 +305,11 @@ class Fits:
             (e0, e1, ec), energy_errors = fit([one, data.batch, context], joules)
             note = "context cost from the long answers of gpqa"
         else:
-            ec = like.ec * model.kv_bytes / like.model.kv_bytes
+            share = like.ec / like.c / (DEVICES[like.device].max_watts * like.tensor)
+            ec = share * c * DEVICES[device].max_watts * tensor
             (w, h), step_errors = fit([one, data.batch], data.step_s - c * context)
             (e0, e1), energy_errors = fit([one, data.batch], joules - ec * context)
-            note = f"context cost from {like.device} ({like.model.pattern.strip('*')})"
+            note = f"context cost derived from {like.device} ({like.model.pattern.strip('*')})"
         errors = float(np.median(step_errors)), float(np.median(energy_errors))
         self.rows.append(
             replace(row, w=w, h=h, c=c, e0=e0, e1=e1, ec=ec, step_error=errors[0], energy_error=errors[1], notes=[

@@ -200,11 +200,13 @@ class _Reader:
         return self.found
 
     def read(self, name: str, text: str | bytes) -> None:
+        first = len(self.problems)
         try:
             for document in read_documents(text):
                 self._object(name, document, document.value, ())
         except YamlError as error:
             self.problems.append(Problem(name, error.line, "", "", error.message))
+        self.problems[first:] = sorted(self.problems[first:], key=lambda problem: problem.line or 0)
 
     def _object(self, file: str, document: Document, value: Any, path: FieldPath) -> None:
         """Read one object, or the items of a `List`. `path` leads to it inside the document."""

@@ -365,7 +365,7 @@ def has_null(value: Any) -> bool:
 def test_models_and_schemas_agree_on_any_object(kind: str, refusals: Any) -> None:
     verdicts = set()
 
-    @settings(max_examples=300, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=150, deadline=None, derandomize=True, database=None)
     @given(specs(kind))
     def agree(spec: Json) -> None:
         if has_null(spec):  # the API server drops null where it means absent: test_both_accept
