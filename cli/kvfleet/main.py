@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage or wrong manifests, 130 interrupted.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,6 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 Files = Annotated[
@@ -179,9 +181,7 @@ def router(
     from kvfleet_api.compile import static_fleet
     from kvfleet_router.app import run_router
 
-    if log_level.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
-        raise UsageError(f"--log-level {log_level}: use debug, info, warning or error")
-    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=_log_level(log_level), format=LOG_FORMAT)
     if filename and config is not None:
         raise UsageError("-f and --config exclude each other: the FleetConfig is compiled from the manifests")
     if not filename and config is None and not workers:
@@ -233,6 +233,8 @@ def operator(
     metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="Port of /metrics, /healthz, /readyz.")] = 8081,
     lease_name: Annotated[str, typer.Option(help="Lease that one replica holds at a time.")] = "kvfleet-operator",
     lease_namespace: Annotated[str | None, typer.Option(help="Default: the pod's own, else `default`.")] = None,
+    kubeconfig: Annotated[str | None, typer.Option(help="Outside a cluster: path of a kubeconfig.")] = None,
+    context: Annotated[str | None, typer.Option(help="Context of the kubeconfig. Default: its current one.")] = None,
     resync_seconds: Annotated[float, typer.Option(min=1, help="Every object is looked at again this often.")] = 300.0,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
@@ -240,18 +242,22 @@ def operator(
 
     Examples: `kvfleet operator` · `kvfleet operator -n inference --resync-seconds 60`
     """
-    from kvfleet_operator.main import run_operator
+    import logging
 
-    raise typer.Exit(
-        run_operator(
-            namespaces=namespace or [],
-            metrics_port=metrics_port,
-            lease_name=lease_name,
-            lease_namespace=lease_namespace,
-            resync_seconds=resync_seconds,
-            log_level=log_level,
-        )
+    from kvfleet_operator.main import OperatorOptions, run_operator
+
+    logging.basicConfig(level=_log_level(log_level), format=LOG_FORMAT)
+    options = OperatorOptions(
+        namespaces=tuple(namespace or ()),
+        metrics_port=metrics_port,
+        lease_name=lease_name,
+        resync_s=resync_seconds,
+        kubeconfig=kubeconfig,
+        context=context,
     )
+    if lease_namespace is not None:
+        options = dataclasses.replace(options, lease_namespace=lease_namespace)
+    raise typer.Exit(run_operator(options))
 
 
 @app.command()
@@ -352,6 +358,12 @@ def _compile(manifests: Manifests) -> FleetConfig:
     for line in warnings(manifests):
         Console(stderr=True, highlight=False).print(f"[yellow]warning:[/yellow] {_escaped(line)}", soft_wrap=True)
     return config
+
+
+def _log_level(name: str) -> str:
+    if name.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+        raise UsageError(f"--log-level {name}: use debug, info, warning or error")
+    return name.upper()
 
 
 def _read_config(path: Path) -> FleetConfig:
