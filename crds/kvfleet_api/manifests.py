@@ -308,7 +308,7 @@ def _validated(
     except (TypeError, ValueError) as error:
         return None, [*problems, FieldProblem((), f"holds a value JSON cannot express: {error}")]
     try:
-        resource = model.model_validate_json(text, strict=True)
+        resource = model.model_validate_json(text, strict=True, by_alias=True, by_name=False)
     except ValidationError as error:
         return None, problems + explain(model, error)
     return (None if problems else resource), problems

@@ -116,6 +116,8 @@ def test_all_problems_of_all_files_are_reported_at_once(tmp_path: Path) -> None:
          "found 'prefer' (did you mean Prefer?)"),
         (POOL + "  replicas: '2'\n", "x.yaml:7: ModelPool default/llama: spec.replicas: must be a whole number; found '2': write it without "
          "quotes or decimals"),
+        (POOL + "  rollout: {max_surge: 1}\n", "x.yaml:7: ModelPool default/llama: spec.rollout.max_surge: unknown field (did you mean "
+         "maxSurge?): rename or remove it; known here: maxSurge, maxUnavailable, drainSeconds"),
         (POOL + "  replicas: -1\n", "x.yaml:7: ModelPool default/llama: spec.replicas: must be at least 0; found -1"),
         (POOL + "  engine: {args: {a: 1}}\n", "x.yaml:7: ModelPool default/llama: spec.engine.args: must be a list; found a mapping: start "
          "each entry with `- `"),
