@@ -149,7 +149,9 @@ def _lowest(spec: AutoscalingSpec, floor: Floor, workers: Workers) -> int:
 def _blind(signals: Sequence[Reading]) -> str | None:
     if not signals:
         return "no signal was read"
-    wrong = [f"{reading.signal}: {reading.quality.lower()}, {reading.message}" for reading in signals if not reading.fresh]
+    wrong = [
+        f"{reading.signal}: {reading.quality.lower()}, {reading.message}" for reading in signals if not reading.fresh
+    ]
     return "; ".join(wrong) or None
 
 

@@ -1,8 +1,8 @@
 """Demand ahead of time: what a day and a week usually bring, and how today differs from that.
 
-    seasonal(slot)  mean demand of that slot of the week, leaning on the same slot of every day while weeks are few
-    level           how today's demand relates to the season, smoothed, with a damped trend (Holt)
-    forecast(h)     seasonal(now + h) x (1 + (level − 1)·RHO^h + trend·(PHI + PHI² + … + PHI^h))
+    season(slot)  mean demand around that slot of the week, leaning on the same slot of every day while weeks are few
+    level         today's demand relative to the season: the trend, damped with the distance
+    forecast(h)   season(now + h) x (1 + (level − 1)·DAMPING^h)
 
 A forecast is only ever a lower bound: it starts workers before the load comes, because a worker takes minutes to load
 its model, and keeps those that will be needed again before they could be started anew. It is used once a day was seen,
@@ -31,12 +31,12 @@ LEARNED_SEASONS: Final = 4
 """After so many visits a slot forgets: each further one counts for a fourth."""
 OUTLIER: Final = 3.0
 """Demand this many times the usual counts as no more than that, so that one odd hour does not return every day."""
-LEVEL_GAIN: Final = 0.4
-TREND_GAIN: Final = 0.1
-RHO: Final = 0.98
+SMOOTHED_S: Final = 1800
+"""A slot's season is the mean of what lies this far around it, nearer slots counting for more: one day's noise is not
+next day's forecast."""
+LEVEL_GAIN: Final = 0.8
+DAMPING: Final = 0.99
 """How much of today's difference from the season is left one slot later."""
-PHI: Final = 0.8
-"""The same for its trend."""
 LEVEL_BOUNDS: Final = (0.2, 5.0)
 ERROR_GAIN: Final = 1 / 144
 """Errors are averaged over about half a day of slots."""
@@ -63,14 +63,13 @@ class SeasonalForecaster:
         if slot_s <= 0 or DAY_S % slot_s:
             raise ValueError(f"slot_s {slot_s} must divide a day ({DAY_S} s): use 300, 600 or 900")
         self.slot_s = slot_s
-        self._days = _Season(DAY_S // slot_s)
-        self._weeks = _Season(WEEK_S // slot_s)
+        self._days = _Season(DAY_S // slot_s, SMOOTHED_S // slot_s)
+        self._weeks = _Season(WEEK_S // slot_s, SMOOTHED_S // slot_s)
         self._slot: int | None = None
         self._sum = 0.0
         self._count = 0
         self._closed: int | None = None
         self._level = 1.0
-        self._trend = 0.0
         self._lead_slots = 1
         self._made: deque[tuple[int, float]] = deque(maxlen=ceil(MAX_LEAD_S / slot_s) + 1)
         self._error = 0.0
@@ -133,13 +132,11 @@ class SeasonalForecaster:
             self._made.append((slot + self._lead_slots, ahead))
 
     def _track(self, slot: int, demand: float, usual: float) -> None:
-        """Holt's level and damped trend of today's demand relative to the season; slots without data pull back to it."""
-        gap = min(slot - self._closed, 1000) if self._closed is not None else 1
-        level = 1 + (self._level - 1) * RHO**gap + self._trend * PHI
-        trend = self._trend * PHI**gap
+        """Today's demand relative to the season; slots without data pull it back to 1."""
+        gap = slot - self._closed if self._closed is not None else 1
+        level = 1 + (self._level - 1) * DAMPING**gap
         ratio = float(np.clip((demand + self._small) / (usual + self._small), *LEVEL_BOUNDS))
         self._level = level + LEVEL_GAIN * (ratio - level)
-        self._trend = trend + TREND_GAIN * (self._level - level - trend)
 
     def _score(self, slot: int, demand: float) -> None:
         while self._made and self._made[0][0] <= slot:
@@ -154,10 +151,8 @@ class SeasonalForecaster:
         usual = self._usual(slot)
         if usual is None or self._closed is None:
             return usual
-        ahead = max(slot - self._closed, 1)
-        damped = PHI * (1 - PHI**ahead) / (1 - PHI)
-        level = 1 + (self._level - 1) * RHO**ahead + self._trend * damped
-        return max(0.0, (usual + self._small) * float(np.clip(level, *LEVEL_BOUNDS)) - self._small)
+        level = 1 + (self._level - 1) * DAMPING ** max(slot - self._closed, 1)
+        return max(0.0, (usual + self._small) * level - self._small)
 
     def _usual(self, slot: int) -> float | None:
         """The season's demand of a slot: of its week, leaning on its day with the weight of one week."""
@@ -174,10 +169,12 @@ class SeasonalForecaster:
 
 
 class _Season:
-    """The mean of each slot of a repeating period."""
+    """The mean of each slot of a repeating period, smoothed over its neighbours when read."""
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, slots: int, reach: int) -> None:
         self.slots = slots
+        self._offsets = np.arange(-reach, reach + 1)
+        self._weights = reach + 1.0 - np.abs(self._offsets)
         self._means = np.zeros(slots)
         self._visits = np.zeros(slots, dtype=np.int16)
         self.visited = 0
@@ -194,9 +191,13 @@ class _Season:
         self._visits[index] = min(visits + 1, LEARNED_SEASONS)
 
     def of(self, slot: int) -> tuple[int, float]:
-        """(visits, mean) of a slot."""
-        index = slot % self.slots
-        return int(self._visits[index]), float(self._means[index])
+        """(visits, smoothed mean) of a slot."""
+        visits = int(self._visits[slot % self.slots])
+        if visits == 0:
+            return 0, 0.0
+        around = (slot + self._offsets) % self.slots
+        weights = self._weights * (self._visits[around] > 0)
+        return visits, float(self._means[around] @ weights / weights.sum())
 
     @property
     def mean(self) -> float:
