@@ -135,7 +135,7 @@ async def _one(
     stream = _Stream(head, body)
     try:
         async with asyncio.timeout(timeout_s):
-            await loop.create_connection(lambda: stream, address.hostname, address.port or 80)
+            await loop.create_connection(lambda: stream, address.hostname or "", address.port or 80)
             await stream.done
         outcome = _outcome(row, stream, speed)
     except TimeoutError:
