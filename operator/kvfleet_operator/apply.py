@@ -2,7 +2,8 @@
 
 Rules, in the order in which they are checked for each wanted child:
 
-- It does not exist: server-side apply without force. Somebody who creates a namesake meanwhile is not overwritten.
+- It does not exist: server-side apply without force, once the owner is known to exist still (its end may be about to be
+  noticed). Somebody who creates a namesake meanwhile is not overwritten.
 - It exists and is not ours: never touched; the owner's condition says so. Without any controller, but with our labels,
   it is an orphan of ours (`kvfleet render | kubectl apply`, a restored backup) and is adopted.
 - It is on its way out: left alone until it is gone.
@@ -40,7 +41,10 @@ class Applier:
         """uid → digest of an object that differs from what was applied through no drift."""
 
     async def bring_about(self, owner: Resource, plan: Plan) -> tuple[Applied, bool]:
-        """What came of it, and whether anything was written. Raises ApiError where trying again may help."""
+        """What came of it, and whether anything was written.
+
+        Raises ApiError where trying again may help, OwnerGone where there is nothing left to do.
+        """
         rejections: list[Rejection] = []
         written = False
         for manifest in sorted(plan.objects, key=lambda manifest: ORDER[manifest["kind"]]):
@@ -58,6 +62,7 @@ class Applier:
         if live is None:  # watched are only objects with our labels: look before taking a name
             live = await self._api.get(BY_KIND[key.kind], key.namespace, key.name)
         if live is None:
+            await self._check(owner)
             logger.info("%s: creating %s", owner.key, key)
             await self._apply(wanted, force=False)
             return True
@@ -73,6 +78,13 @@ class Applier:
         bound = {**wanted, "metadata": {**wanted["metadata"], "uid": live["metadata"]["uid"]}}
         await self._apply(bound, force=True)
         return True
+
+    async def _check(self, owner: Resource) -> None:
+        """Raise OwnerGone unless the owner exists, by the API server's own word."""
+        metadata = owner.metadata
+        live = await self._api.get(BY_KIND[owner.kind], metadata.namespace, metadata.name)
+        if live is None or live["metadata"].get("uid") != metadata.uid or live["metadata"].get("deletionTimestamp"):
+            raise OwnerGone(owner.key)
 
     async def _apply(self, wanted: Manifest, *, force: bool) -> None:
         try:
@@ -103,6 +115,10 @@ class Applier:
             self._spellings.pop(live["metadata"]["uid"], None)
             deleted = True
         return deleted
+
+
+class OwnerGone(Exception):
+    """The owner was deleted; its children go with it."""
 
 
 class Refused(Exception):

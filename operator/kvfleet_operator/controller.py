@@ -23,7 +23,7 @@ from kvfleet_api.modelpool import ModelPool
 from kvfleet_api.problems import FieldProblem
 from kvfleet_api.routingpolicy import RoutingPolicy
 from kvfleet_operator.api import ApiError, NotLeader
-from kvfleet_operator.apply import Applier
+from kvfleet_operator.apply import Applier, OwnerGone
 from kvfleet_operator.metrics import Metrics
 from kvfleet_operator.reconcile import acceleratorprofile, conditions, fleetrouter, modelpool, routingpolicy
 from kvfleet_operator.reconcile.conditions import Finding
@@ -92,6 +92,8 @@ class Controller:
                 result = "changed" if await self.reconcile(key) else "unchanged"
             except NotLeader:
                 raise
+            except OwnerGone:
+                result = "unchanged"  # the event that says so is on its way
             except ApiError as error:
                 # 409: the object moved on while we looked; the next look is at the newer state.
                 log = logger.info if error.status == 409 else logger.warning

@@ -70,6 +70,8 @@ class OperatorOptions:
     lease_deadline_s: float = 10.0
     lease_retry_s: float = 2.0
     resync_s: float = 300.0
+    report_s: float = 2.0
+    """Seconds between two questions to a router replica that is behind."""
     metrics_host: str = "0.0.0.0"
     metrics_port: int = 9090
     workers: int = 4
@@ -78,8 +80,8 @@ class OperatorOptions:
     context: str | None = None
 
     def __post_init__(self) -> None:
-        if self.resync_s <= 0 or self.workers < 1:
-            raise ValueError("resync seconds must be above 0 and workers at least 1: correct them")
+        if self.resync_s <= 0 or self.report_s <= 0 or self.workers < 1:
+            raise ValueError("resync and report seconds must be above 0 and workers at least 1: correct them")
 
     @property
     def watched(self) -> frozenset[str] | None:
@@ -172,7 +174,7 @@ class Operator:
             now=lambda: datetime.now(UTC),
             namespaces=options.watched,
         )
-        reports = Reports(self.world, controller.routers_reported)
+        reports = Reports(self.world, controller.routers_reported, eager_s=options.report_s)
         keeping = asyncio.create_task(lease.keep(), name="lease")
         listing = asyncio.create_task(resync.first(), name="first listing")
         waiting = asyncio.create_task(stop.wait(), name="stop")
@@ -201,22 +203,17 @@ class Operator:
 async def _supervise(
     tasks: list[asyncio.Task[Any]], waiting: asyncio.Task[Any], watch: Coroutine[Any, Any, None], quiet: asyncio.Event
 ) -> int:
-    """Wait for the first part to end, and end kopf in an orderly way. 0 if it was a request to stop."""
-    # kopf ends every task born during its run; ours exist already, so that they are ours to end.
+    """Wait for the first part to end, then end the watches in an orderly way. 0 if it was a request to stop."""
     watching = asyncio.create_task(watch, name="watches")
     done, _ = await asyncio.wait([watching, *tasks], return_when=asyncio.FIRST_COMPLETED)
     quiet.set()
-    result = (await asyncio.gather(watching, return_exceptions=True))[0]
-    asked = waiting in done or (watching in done and result is None)  # kopf ends by itself on a signal
-    for task in done - {waiting, watching}:
-        error = task.exception() if not task.cancelled() else None
-        log = logger.error if not _is_loss(error) else logger.info
-        log("%s ended%s", task.get_name(), f": {error!r}" if error else "")
-        asked = False
-    if isinstance(result, BaseException):
-        logger.error("watches failed: %r", result)
-        asked = False
-    return 0 if asked else 1
+    await asyncio.wait([watching])
+    for task in (done | {watching}) - {waiting}:
+        error = task.exception()
+        if error is not None or task is not watching:
+            log = logger.info if _is_loss(error) else logger.error
+            log("%s ended%s", task.get_name(), f": {error!r}" if error else "")
+    return 0 if waiting in done and watching.exception() is None else 1
 
 
 def _is_loss(error: BaseException | None) -> bool:

@@ -31,7 +31,9 @@ def render(manifests: Manifests) -> list[Manifest]:
         given = modelpool.PoolInput(pool, profiles.get(reference))
         if given.profile is None:
             known = ", ".join(sorted(profiles)) or "none"
-            _refuse(pool, f"spec.accelerator.profileRef: no AcceleratorProfile {reference!r}: add its manifest ({known})")
+            _refuse(
+                pool, f"spec.accelerator.profileRef: no AcceleratorProfile {reference!r}: add its manifest ({known})"
+            )
         _refuse(pool, modelpool.template_problem(given))
         rendered += modelpool.children(given).objects
     for router in manifests.routers:

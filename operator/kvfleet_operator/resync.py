@@ -37,7 +37,7 @@ class Resync:
         *,
         namespaces: Collection[str] | None,
         period_s: float,
-        grace_s: float = GRACE_S,
+        grace_s: float | None = None,
         retry_s: float = RETRY_S,
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
@@ -47,7 +47,7 @@ class Resync:
         self._metrics = metrics
         self._namespaces = namespaces
         self._period_s = period_s
-        self._grace_s = grace_s
+        self._grace_s = min(GRACE_S, period_s / 10) if grace_s is None else grace_s
         self._retry_s = retry_s
         self._clock = clock
         self._rng = rng or random.Random()

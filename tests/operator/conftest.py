@@ -86,7 +86,11 @@ class Cluster(kmock.KubernetesScaffold):
         if manifest["kind"] != "AcceleratorProfile":
             metadata.setdefault("namespace", "default")
         key = (manifest["kind"], metadata.get("namespace"), metadata["name"])
-        return self._store(key, manifest)
+        stored = self._store(key, manifest)
+        for owner, stated in self.applied.items():
+            if owner[0] == stored["metadata"]["uid"]:
+                self.applied[owner] = _still_owned(stated, stored)
+        return stored
 
     def edit(self, kind, name, change, namespace="default"):
         """Let somebody else change a stored object: `change(object)`."""
@@ -287,6 +291,8 @@ class Cluster(kmock.KubernetesScaffold):
             raise self._conflict("uid mismatch")
         if before is not None and not force:
             raise self._conflict("conflict with another manager")
+        if wanted["metadata"].get("resourceVersion") not in (None, before and before["metadata"]["resourceVersion"]):
+            raise self._conflict("the object has been modified")
         manifest = copy.deepcopy(before) if before else {}
         owner = before["metadata"]["uid"] if before else None
         stated = self.applied.get((owner, manager), {})
@@ -330,6 +336,18 @@ def _applied(live, stated, wanted):
         else:
             merged[key] = value
     return merged
+
+
+def _still_owned(stated, live):
+    """Without the fields that somebody else has given another value: those are his now."""
+    kept = {}
+    for key, value in stated.items():
+        now = live.get(key)
+        if isinstance(value, dict) and isinstance(now, dict):
+            kept[key] = _still_owned(value, now)
+        elif now == value or isinstance(value, list):
+            kept[key] = value
+    return kept
 
 
 @pytest.fixture

@@ -29,7 +29,8 @@ def difference(wanted: Mapping[str, Any], live: Mapping[str, Any]) -> str | None
     annotations = live["metadata"].get("annotations") or {}
     if annotations.get(HASH) != wanted["metadata"]["annotations"][HASH]:
         return f"metadata.annotations.{HASH}"
-    return _differs(wanted, live, "", "")
+    metadata = {key: value for key, value in wanted["metadata"].items() if key != "resourceVersion"}
+    return _differs({**wanted, "metadata": metadata}, live, "", "")
 
 
 def _differs(wanted: Any, live: Any, key: str, path: str) -> str | None:

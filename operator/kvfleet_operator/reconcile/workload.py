@@ -34,7 +34,7 @@ def build(pool: ModelPool, profile: AcceleratorProfile, live: Mapping[str, Any] 
         "template": _template(pool, profile),
     }
     name = names.pool_workload(pool.metadata.name, multi_node=False)
-    return names.child(pool, "apps/v1", "Deployment", name, labels(pool), {"spec": body})
+    return _guarded(names.child(pool, "apps/v1", "Deployment", name, labels(pool), {"spec": body}), pool, live)
 
 
 def _leader_worker_set(pool: ModelPool, profile: AcceleratorProfile, live: Mapping[str, Any] | None) -> Manifest:
@@ -57,7 +57,16 @@ def _leader_worker_set(pool: ModelPool, profile: AcceleratorProfile, live: Mappi
         },
     }
     name = names.pool_workload(pool.metadata.name, multi_node=True)
-    return names.child(pool, LEADER_WORKER_SET, "LeaderWorkerSet", name, labels(pool), {"spec": body})
+    return _guarded(
+        names.child(pool, LEADER_WORKER_SET, "LeaderWorkerSet", name, labels(pool), {"spec": body}), pool, live
+    )
+
+
+def _guarded(manifest: Manifest, pool: ModelPool, live: Mapping[str, Any] | None) -> Manifest:
+    """Where `replicas` merely repeats the live value, the write holds for that very version only: a scaler may be at it."""
+    if pool.spec.autoscaling is not None and live is not None and "replicas" in manifest["spec"]:
+        manifest["metadata"]["resourceVersion"] = live["metadata"].get("resourceVersion")
+    return manifest
 
 
 def _replicas(pool: ModelPool, live: Mapping[str, Any] | None) -> dict[str, int]:

@@ -1,0 +1,113 @@
+"""The observed world: versions only grow, derived state is fresh, changes reach what depends on them."""
+
+import pytest
+
+from kvfleet_operator.reconcile.dependents import Key, dependents
+from kvfleet_operator.world import World
+
+
+def at(manifest, version, uid="u1", **metadata):
+    manifest["metadata"] |= {"resourceVersion": str(version), "uid": uid, **metadata}
+    return manifest
+
+
+@pytest.fixture
+def world():
+    return World()
+
+
+def test_an_event_that_comes_late_never_overwrites_something_newer(world, make):
+    assert world.put(at(make.pool(replicas=2), 5))
+    assert not world.put(at(make.pool(replicas=1), 4))
+    assert not world.put(at(make.pool(replicas=1), 5))
+    assert world.parsed(Key("ModelPool", "default", "llama")).spec.replicas == 2
+
+
+def test_the_end_of_a_namesake_does_not_remove_its_successor(world, make):
+    world.put(at(make.pool(), 9, uid="new"))
+    assert not world.remove(at(make.pool(), 8, uid="old"))
+    assert world.keys("ModelPool") == [Key("ModelPool", "default", "llama")]
+    assert world.remove(at(make.pool(), 10, uid="new"))
+    assert world.keys("ModelPool") == []
+
+
+def test_what_is_wrong_with_an_object_is_kept_in_its_place(world, make):
+    world.put(at(make.pool(replicas=-1), 1))
+    problems = world.parsed(Key("ModelPool", "default", "llama"))
+    assert [str(problem) for problem in problems] == ["spec.replicas: must be at least 0; found -1"]
+    assert world.pools() == []
+
+
+def test_the_compiled_fleet_follows_specs_and_is_shared_otherwise(world, make):
+    world.put(at(make.profile(), 1))
+    world.put(at(make.pool(), 2, generation=1))
+    first = world.fleet("default")
+    assert world.fleet("default") is first
+    world.put(at({**make.pool(), "status": {"replicas": 1}}, 3, generation=1))  # status only
+    assert world.fleet("default") is first
+    world.put(at(make.pool(replicas=4), 4, generation=2))
+    assert world.fleet("default") is not first
+    second = world.fleet("default")
+    world.put(at(make.profile(product="other"), 5, generation=2))
+    assert world.fleet("default") is not second
+
+
+def test_pods_and_managed_fields_do_not_fill_the_memory(world, make):
+    pod = at(make.router_pod(), 1)
+    pod["spec"] = {"containers": ["…"]}
+    world.put(pod)
+    assert world.get(Key("Pod", "default", "router-0"))["spec"] == {}
+    config = {"kind": "ConfigMap", "metadata": {"name": "c", "namespace": "default", "managedFields": [1]}}
+    world.put(at(config, 2))
+    assert "managedFields" not in world.get(Key("ConfigMap", "default", "c"))["metadata"]
+
+
+def test_only_ready_pods_of_the_router_count_as_replicas(world, make):
+    router = make.parse(make.router())
+    for version, pod in enumerate(
+        [
+            make.router_pod("a", "10.0.0.1"),
+            make.router_pod("b", ready=False),
+            make.router_pod("c", router="other"),
+            make.router_pod("d"),
+        ]
+    ):
+        world.put(at(pod, version + 1, uid=pod["metadata"]["name"]))
+    leaving = at(make.router_pod("d"), 9, uid="d", deletionTimestamp="2026-01-01T00:00:00Z")
+    world.put(leaving)
+    assert world.router_pods(router) == {"a": "10.0.0.1"}
+    world.reports["default", "a"] = "abc"
+    assert world.replicas(router) == {"a": "abc"}
+    world.remove(at(make.router_pod("a"), 10, uid="a"))
+    assert world.reports == {}
+
+
+def test_every_kind_reaches_what_depends_on_it(world, make):
+    world.put(at(make.profile(), 1))
+    for version, manifest in enumerate(
+        [make.pool(), make.pool("other", profile="a100"), make.policy(), make.router(), make.router("second")]
+    ):
+        world.put(at(manifest, version + 2, uid=manifest["metadata"]["name"]))
+    routing = {"RoutingPolicy policy", "FleetRouter router", "FleetRouter second"}
+
+    def reached(manifest):
+        return {f"{key.kind} {key.name}" for key in dependents(manifest, world)}
+
+    assert reached(make.profile()) == {"AcceleratorProfile h100", "ModelPool llama", *routing}
+    assert reached(make.pool()) == {"ModelPool llama", "ModelPool other", "AcceleratorProfile h100", *routing}
+    assert reached(make.policy()) == routing
+    assert reached(make.router()) == {"FleetRouter router", "RoutingPolicy policy"}
+    assert reached(make.router_pod()) == routing
+    owner = {"kind": "ModelPool", "name": "llama", "controller": True}
+    child = {"kind": "Deployment", "metadata": {"name": "x", "namespace": "default", "ownerReferences": [owner]}}
+    assert reached(child) == {"ModelPool llama"}
+    assert reached({"kind": "Deployment", "metadata": {"name": "x", "namespace": "default"}}) == set()
+    broken = {**make.pool(), "spec": None}
+    assert "ModelPool llama" in reached(broken)
+
+
+def test_changes_of_other_namespaces_reach_nothing_here(world, make):
+    world.put(at(make.router(), 1))
+    elsewhere = make.policy()
+    elsewhere["metadata"]["namespace"] = "elsewhere"
+    assert dependents(elsewhere, world) == {Key("RoutingPolicy", "elsewhere", "policy")}
