@@ -189,10 +189,7 @@ class Exchange:
             if upstream.status >= 500:
                 return
             if upstream.event_stream:
-                if _BROKEN_EVENT.match(upstream.held_body()) and self._may_try_again():
-                    self.upstream = None
-                    upstream.abort()
-                    self._try_again("engine_failed")
+                if self._another_may_do(upstream):
                     return
             elif upstream.body_length is not None and upstream.body_length <= HOLD_BYTES:
                 return
@@ -202,20 +199,31 @@ class Exchange:
         upstream, ticket = self.upstream, self.ticket
         assert upstream is not None and ticket is not None
         if upstream.forward is None:
-            cause = self._failure(upstream)
-            if cause and self._may_try_again():
-                self.upstream = None
-                upstream.detach()
-                self._try_again(cause)
+            if self._another_may_do(upstream):
                 return
             self._release(upstream)
         self._finish(upstream, ticket)
 
+    def _another_may_do(self, upstream: UpstreamConnection) -> bool:
+        """Whether what came, of which nothing has gone out, was given up and the request sent to another worker."""
+        cause = self._failure(upstream)
+        if not cause or not self._may_try_again():
+            return False
+        self.upstream = None
+        if upstream.complete:
+            upstream.detach()
+        else:
+            upstream.abort()
+        self._try_again(cause)
+        return True
+
     def _failure(self, upstream: UpstreamConnection) -> str:
-        """Why a complete answer, not passed on yet, had better come from another worker; empty: it is good as it is."""
+        """Why an answer had better come from another worker; empty: it is good as it is."""
         status = upstream.status
         if status < 300:
-            return "engine_aborted" if not self.parsed.stream and _ABORTED in upstream.held_body() else ""
+            if upstream.event_stream:
+                return "engine_failed" if _BROKEN_EVENT.match(upstream.held_body()) else ""
+            return "engine_aborted" if _ABORTED in upstream.held_body() else ""
         if status in (502, 503, 504):
             return f"status_{status}"
         return "engine_failed" if status == 500 and _LEAVING.search(upstream.held_body()) else ""

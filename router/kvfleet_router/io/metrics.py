@@ -8,7 +8,7 @@ together and found by one look-up per request; a client cannot create more than 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -126,7 +126,7 @@ class RouterMetrics(Collector):
         """By cause."""
         self.config_errors = 0
         """Configurations that could not be taken."""
-        self.extra: list[Callable[[], Iterator[Metric]]] = []
+        self.extra: list[Callable[[], Iterable[Metric]]] = []
         """Further families, asked at each scrape."""
 
     # The exchanges call

@@ -42,6 +42,7 @@ TAIL_PIECES = 4
 JOIN_BYTES = 16_384
 """Larger bodies are written beside their head: copying them would cost more than the second buffer does."""
 CHUNKED_END = b"\r\n0\r\n\r\n"
+SCRAP_BYTES, MAX_SCRAPS_BYTES = 64, 4096
 
 _KEEPALIVE_IDLE_S, _KEEPALIVE_INTERVAL_S, _KEEPALIVE_PROBES = 15, 5, 3
 _UNACKNOWLEDGED_MS = 30_000
@@ -258,12 +259,19 @@ class UpstreamConnection(asyncio.Protocol):
         if self.receiver is None:
             self.transport.abort()
             return
-        self.received += len(data)
-        self.tail.append(data)
+        size = len(data)
+        self.received += size
+        if size < SCRAP_BYTES:
+            self._keep_scrap(data)
+        else:
+            self.tail.append(data)
         try:
             self.parser.feed_data(data)
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+        except httptools.HttpParserError as error:
             self._lost(f"bad_response: {error}")
+            return
+        except httptools.HttpParserUpgrade:
+            self._lost("bad_response: an unasked change of protocol")
             return
         if self.forward is None:
             self._hold(self.receiver, data)
@@ -284,6 +292,14 @@ class UpstreamConnection(asyncio.Protocol):
             self._completed(receiver)
         else:
             self._lost("worker_closed" if exc is None else "worker_reset")
+
+    def _keep_scrap(self, data: bytes) -> None:
+        """Small pieces are joined, so that the tail reaches back far enough however the network cuts."""
+        tail = self.tail
+        if tail and len(tail[-1]) < MAX_SCRAPS_BYTES:
+            tail[-1] += data
+        else:
+            tail.append(data)
 
     def _hold(self, receiver: Receiver, data: bytes) -> None:
         """Keep what came until the receiver knows what to do with the answer."""
