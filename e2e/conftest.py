@@ -37,7 +37,7 @@ def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         if not keep:
             _wait_for_removal(opened, tmp_path_factory.mktemp("removal"))
     finally:
-        opened.close(keep)
+        request.config.stash[_farewell] = opened.close(keep)
 
 
 @pytest.fixture
@@ -77,6 +77,12 @@ def kube(story: Story) -> Kube:
 
 
 _failed = pytest.StashKey[bool]()
+_farewell = pytest.StashKey[str]()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if farewell := config.stash.get(_farewell, ""):
+        terminalreporter.write_line(farewell)
 
 
 @pytest.hookimpl(wrapper=True)

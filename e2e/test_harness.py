@@ -15,6 +15,8 @@ from harness.sentences import Given, Story, Then, When
 from harness.settings import WEB_IMAGE
 from harness.traffic import traffic
 
+from kvfleet_api.fleetrouter import DEFAULT_ROUTER_IMAGE
+
 WEB = "app=web"
 
 
@@ -96,7 +98,7 @@ def test_pods_find_services_and_the_api_server_by_name(given: Given, then: Then,
         "print(urllib.request.urlopen('http://web/', timeout=5).read().decode()); "
         "print(k.client.VersionApi().get_code().git_version)"
     )
-    asker = {"name": "asker", "image": "python:3", "command": ["python", "-c", script]}
+    asker = {"name": "asker", "image": DEFAULT_ROUTER_IMAGE, "command": ["python", "-c", script]}
     given.applied(web_deployment(), web_service())
     then.ready("Deployment", "web")
     given.applied(web_pod("asker", asker, restartPolicy="Never"))

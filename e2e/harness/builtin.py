@@ -94,19 +94,21 @@ class BuiltinCluster(Cluster):
             return f"{failed} has ended; the end of its log:\n{self._control_plane.log_end(failed)}"
         return f"the end of the kubelet's log:\n{self._control_plane.log_end('kubelet', 15)}"
 
-    def close(self, keep: bool) -> None:
+    def close(self, keep: bool) -> str:
         self.close_proxy()
         if keep:
             (self.kubeconfig.parent / "keep").touch()
-            print(self._instructions(), file=sys.stderr)
+            self._control_plane.release()
             network.leave(self._way_back)
-            return
+            self._lock.close()
+            return self._instructions()
         try:
             self._control_plane.stop()
         finally:
             network.leave(self._way_back)
             _remove(self.id)
             self._lock.close()
+        return ""
 
     def _start_kubelet(self, settings: Settings) -> None:
         folder, certificates = self._control_plane.folder, self._control_plane.ca_file.parent

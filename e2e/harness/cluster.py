@@ -9,13 +9,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 from abc import ABC, abstractmethod
 from pathlib import Path
 
-from harness.settings import E2E_DIR
+from harness.settings import E2E_DIR, WEB_IMAGE, default_nodes
+from kvfleet_api.fleetrouter import DEFAULT_ROUTER_IMAGE
+from kvfleet_api.modelpool import DEFAULT_ENGINE_IMAGE
 
 KIND_CLUSTER = "kvfleet-e2e"
 
@@ -53,8 +56,8 @@ class Cluster(ABC):
         """What the cluster's own components say where a test failed; empty where they are not ours."""
 
     @abstractmethod
-    def close(self, keep: bool) -> None:
-        """Ends the cluster, or leaves it to the user."""
+    def close(self, keep: bool) -> str:
+        """Ends the cluster, or leaves it to the user and tells how to use it."""
 
     def api_proxy(self) -> str:
         """A local address for the API server, with the user's credentials: the way to Services from outside."""
@@ -119,9 +122,10 @@ class ExistingCluster(Cluster):
     def diagnosis(self) -> str:
         return ""
 
-    def close(self, keep: bool) -> None:
+    def close(self, keep: bool) -> str:
         """Nothing but the proxy is ours."""
         self.close_proxy()
+        return ""
 
 
 class KindCluster(Cluster):
@@ -135,6 +139,24 @@ class KindCluster(Cluster):
             config = str(E2E_DIR / "kind.yaml")
             self.run("kind", "create", "cluster", "--name", KIND_CLUSTER, "--config", config, timeout_s=600)
         self.run("kind", "export", "kubeconfig", "--name", KIND_CLUSTER, "--kubeconfig", str(kubeconfig))
+        self._load_images()
+        self._advertise_gpus()
+
+    def _load_images(self) -> None:
+        """Built from this checkout, under the names that manifests use."""
+        self.run("docker", "build", "-t", DEFAULT_ROUTER_IMAGE, str(E2E_DIR.parent), timeout_s=900)
+        base = ["--build-arg", f"KVFLEET_IMAGE={DEFAULT_ROUTER_IMAGE}", "-f", str(E2E_DIR / "kind.Dockerfile")]
+        for target, image in (("vllm", DEFAULT_ENGINE_IMAGE), ("web", WEB_IMAGE)):
+            self.run("docker", "build", *base, "--target", target, "-t", image, str(E2E_DIR), timeout_s=900)
+        images = (DEFAULT_ROUTER_IMAGE, DEFAULT_ENGINE_IMAGE, WEB_IMAGE)
+        self.run("kind", "load", "docker-image", "--name", KIND_CLUSTER, *images, timeout_s=600)
+
+    def _advertise_gpus(self) -> None:
+        """Extended resources that a node's status names are scheduled, whether or not there is hardware."""
+        nodes = self.run("kubectl", "get", "nodes", "-l", "nvidia.com/gpu.product", "-o=name").split()
+        capacity = {"status": {"capacity": {"nvidia.com/gpu": str(default_nodes()[0].gpus)}}}
+        for node in nodes:
+            self.run("kubectl", "patch", node, "--subresource=status", "-p", json.dumps(capacity))
 
     def signal_container(self, namespace: str, pod: str, container: str, number: int) -> None:
         wanted = f"{{.status.containerStatuses[?(@.name=='{container}')].containerID}}"
@@ -154,10 +176,12 @@ class KindCluster(Cluster):
     def diagnosis(self) -> str:
         return ""
 
-    def close(self, keep: bool) -> None:
+    def close(self, keep: bool) -> str:
         self.close_proxy()
-        if not keep:
-            self.run("kind", "delete", "cluster", "--name", KIND_CLUSTER)
+        if keep:
+            return f"e2e: the kind cluster {KIND_CLUSTER} goes on; its kubeconfig is {self.kubeconfig}"
+        self.run("kind", "delete", "cluster", "--name", KIND_CLUSTER)
+        return ""
 
 
 def open_cluster(scratch: Path, keep: bool) -> Cluster:

@@ -106,6 +106,12 @@ class ControlPlane:
                 process.wait()
         self._processes.clear()
 
+    def release(self) -> None:
+        """The components go on without us."""
+        for process in self._processes.values():
+            process.returncode = 0  # Or Python warns of children that nobody waits for.
+        self._processes.clear()
+
     def failed_component(self) -> str | None:
         """The name of a component that has ended by itself, if any."""
         return next((name for name, process in self._processes.items() if process.poll() is not None), None)

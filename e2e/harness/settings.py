@@ -1,8 +1,7 @@
 """What a run is told by its environment, and the table of images that follows from it.
 
-KVFLEET_E2E_SPEED      simulated seconds that pass in a real one (default 20)
-KVFLEET_E2E_STARTUP_S  real seconds a simulated worker takes to load its model (default 0.5)
-KVFLEET_E2E_IMAGES     JSON file with further images, tried first: [{"match": "…", "entrypoint": ["…"], …}]
+KVFLEET_E2E_SPEED   simulated seconds that pass in a real one (default 20)
+KVFLEET_E2E_IMAGES  JSON file with further images, tried first: [{"match": "…", "entrypoint": ["…"], …}]
 """
 
 from __future__ import annotations
@@ -24,16 +23,6 @@ PROFILE_LABEL = "kvfleet.io/accelerator-profile"
 WEB_IMAGE = "e2e/web:1"
 """The self-tests' HTTP process, `web.py`."""
 
-# Real vLLM images start with `vllm serve`; the simulated worker takes the arguments that follow.
-_VLLM = """#!/bin/sh
-if [ "$1" != serve ]; then
-  echo "vllm: only 'vllm serve' is simulated, not '$1'" >&2
-  exit 2
-fi
-shift
-exec {kvfleet} worker "$@" --speed "$E2E_SPEED" ${{E2E_PROFILE:+--profile "$E2E_PROFILE"}}
-"""
-
 
 class SettingsError(Exception):
     """A setting with a value that cannot be meant."""
@@ -42,40 +31,35 @@ class SettingsError(Exception):
 @dataclass(frozen=True)
 class Settings:
     speed: float = 20.0
-    startup_s: float = 0.5
     extra_images: tuple[ImageConfig, ...] = ()
 
     @classmethod
     def read(cls, environment: Mapping[str, str] = os.environ) -> Settings:
         return cls(
             speed=_positive(environment, "KVFLEET_E2E_SPEED", cls.speed),
-            startup_s=_positive(environment, "KVFLEET_E2E_STARTUP_S", cls.startup_s),
             extra_images=_images(environment.get("KVFLEET_E2E_IMAGES", "")),
         )
 
     def images(self) -> list[ImageConfig]:
-        python = quote(sys.executable)
-        kvfleet = quote(str(Path(sys.executable).parent / "kvfleet"))
-        web = quote(str(E2E_DIR / "harness" / "web.py"))
+        python = f'#!/bin/sh\nexec {quote(sys.executable)} "$@"\n'
+        kvfleet = f'#!/bin/sh\nexec {quote(str(Path(sys.executable).parent / "kvfleet"))} "$@"\n'
+        web = f'#!/bin/sh\nexec python {quote(str(E2E_DIR / "harness" / "web.py"))} "$@"\n'
         return [
             *self.extra_images,
             ImageConfig(
                 match="vllm/vllm-openai:*",
                 entrypoint=["vllm", "serve"],
-                env={"E2E_SPEED": str(self.speed), "E2E_PROFILE": f"{{labels[{PROFILE_LABEL}]}}"},
-                programs={"vllm": _VLLM.format(kvfleet=kvfleet)},
+                env={"E2E_SPEED": f"{self.speed:g}", "E2E_PROFILE": f"{{labels[{PROFILE_LABEL}]}}"},
+                programs={"vllm": (E2E_DIR / "vllm.sh").read_text(), "kvfleet": kvfleet},
             ),
             ImageConfig(  # As the Dockerfile has it.
                 match="*/kvfleet:*",
                 entrypoint=["kvfleet"],
                 env={"USER": "kvfleet", "HOME": "/tmp", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"},
                 working_dir="/tmp",
-                programs={"kvfleet": f'#!/bin/sh\nexec {kvfleet} "$@"\n'},
+                programs={"kvfleet": kvfleet, "python": python},
             ),
-            ImageConfig(
-                match=WEB_IMAGE, entrypoint=["web"], programs={"web": f'#!/bin/sh\nexec {python} {web} "$@"\n'}
-            ),
-            ImageConfig(match="python:*", cmd=["python"], programs={"python": f'#!/bin/sh\nexec {python} "$@"\n'}),
+            ImageConfig(match=WEB_IMAGE, entrypoint=["web"], programs={"web": web, "python": python}),
             ImageConfig(match="busybox:*", cmd=["sh"]),
         ]
 
