@@ -11,6 +11,8 @@ as a few samples, so that one odd request moves little, and stays within bounds 
 
 from __future__ import annotations
 
+from math import expm1
+
 FADE = 0.99
 """Weight of the past at each sample: the last hundred samples or so count."""
 
@@ -22,6 +24,8 @@ STEP_PRIOR_SAMPLES = 4.0
 STEP_PRIOR_SEQUENCES = (1.0, 32.0)
 """The step-time prior counts as samples at these numbers of sequences: it fixes both W and H."""
 STEP_FACTOR_BOUNDS = (0.1, 10.0)
+STEP_SAMPLE_FACTOR = 2.0
+"""A single sample moves the fit no further than if it were off by this factor: an outlier is most likely no decode step."""
 
 DEFAULT_BYTES_PER_TOKEN = 4.0
 BYTES_PER_TOKEN_BOUNDS = (0.5, 32.0)
@@ -30,6 +34,8 @@ TOKEN_PRIOR = 4096.0
 
 DEFAULT_OUTPUT_TOKENS = 256.0
 OUTPUT_PRIOR_SAMPLES = 8.0
+OUTPUT_EDGES = tuple(2**power for power in range(13))
+"""The distribution of output lengths is known at 1, 2, 4 … 4096 tokens."""
 MAX_TENANTS = 4096
 
 
@@ -88,6 +94,7 @@ class Calibration:
     def observe_steps(self, sequences: float, step_s: float) -> None:
         """Steps with `sequences` on average took `step_s` each, context and prefill time taken off."""
         predicted = self.step_s + self.step_s_per_sequence * sequences
+        step_s = _within(step_s, (predicted / STEP_SAMPLE_FACTOR, predicted * STEP_SAMPLE_FACTOR))
         self.decode_error += 0.05 * (abs(step_s - predicted) / max(predicted, 1e-9) - self.decode_error)
         count, n, nn, y, ny = self._sums
         self._sums = (
@@ -134,28 +141,45 @@ class TokenRatio:
 
 
 class OutputLengths:
-    """Mean output tokens of one model's answers, overall and per tenant (at most MAX_TENANTS, oldest forgotten)."""
+    """Output tokens of one model's answers: the mean overall and per tenant, and the share of short ones."""
 
-    __slots__ = ("_samples", "_tenants", "_total", "mean")
+    __slots__ = ("_counts", "_samples", "_tenants", "_total", "mean", "shares")
 
     def __init__(self) -> None:
-        self.mean = DEFAULT_OUTPUT_TOKENS
-        self._samples = self._total = 0.0
-        self._tenants: dict[str, tuple[float, float]] = {}  # tenant -> (samples, sum of tokens), fading
+        self._samples = OUTPUT_PRIOR_SAMPLES
+        self._total = OUTPUT_PRIOR_SAMPLES * DEFAULT_OUTPUT_TOKENS
+        self._counts = [OUTPUT_PRIOR_SAMPLES * -expm1(-tokens / DEFAULT_OUTPUT_TOKENS) for tokens in OUTPUT_EDGES]
+        self._tenants: dict[str, tuple[float, float]] = {}  # tenant -> (samples, sum of tokens), fading; oldest first
+        self._solve()
 
     def observe(self, tenant: str, tokens: int) -> None:
         self._samples = FADE * self._samples + 1.0
         self._total = FADE * self._total + tokens
-        self.mean = (self._total + OUTPUT_PRIOR_SAMPLES * DEFAULT_OUTPUT_TOKENS) / (
-            self._samples + OUTPUT_PRIOR_SAMPLES
-        )
+        self._counts = [FADE * count + (tokens <= edge) for count, edge in zip(self._counts, OUTPUT_EDGES, strict=True)]
         if tenant not in self._tenants and len(self._tenants) >= MAX_TENANTS:
             del self._tenants[next(iter(self._tenants))]
         samples, total = self._tenants.get(tenant, (0.0, 0.0))
         self._tenants[tenant] = (FADE * samples + 1.0, FADE * total + tokens)
+        self._solve()
+
+    def _solve(self) -> None:
+        self.mean = self._total / self._samples
+        self.shares = [count / self._samples for count in self._counts]
+        """Share of answers with at most OUTPUT_EDGES[i] tokens."""
 
     def expect(self, tenant: str, limit: int | None) -> float:
         """Tokens the next answer for this tenant will have, most likely."""
         samples, total = self._tenants.get(tenant, (0.0, 0.0))
         mean = (total + OUTPUT_PRIOR_SAMPLES * self.mean) / (samples + OUTPUT_PRIOR_SAMPLES)
         return max(mean if limit is None else min(mean, float(limit)), 1.0)
+
+    def share_up_to(self, tokens: float) -> float:
+        """Share of answers with at most so many tokens, linear between the edges."""
+        place = int(tokens).bit_length()
+        if place >= len(OUTPUT_EDGES):
+            return self.shares[-1]
+        if not place:
+            return self.shares[0] * tokens
+        low, start = self.shares[place - 1], OUTPUT_EDGES[place - 1]
+        share: float = low + (self.shares[place] - low) * (tokens / start - 1.0)
+        return share

@@ -31,6 +31,8 @@ from kvfleet_router.core.worker import Worker, WorkerEndpoint
 
 __all__ = ["ConfigError", "Dispatcher", "Held", "Refusal", "Ticket", "Worker", "WorkerEndpoint"]
 
+UNLOADED_FACTOR = 3.0
+"""A prompt so long that its prefill alone is near the TTFT SLO is due after this many times its unloaded TTFT."""
 HELD_TICK_S = 0.01
 """How often held requests are decided again without an event: backlogs also shrink by time passing."""
 
@@ -265,16 +267,18 @@ class Dispatcher:
         decision = self.decisions.open(request_id, now)
         decision.model, decision.policy, decision.strategy = parsed.model, config.name, config.strategy
         decision.parts, decision.prompt_tokens = policy.parts, tokens
-        decision.expected_output_tokens = lane.pools[0].stats.outputs.expect(parsed.tenant, parsed.max_output_tokens)
+        outputs = lane.pools[0].stats.outputs
+        decision.expected_output_tokens = outputs.expect(parsed.tenant, parsed.max_output_tokens)
         return Arrival(
             parsed,
             request_id,
             lane,
             now,
-            now + config.ttft_slo_s,
+            now + max(config.ttft_slo_s, UNLOADED_FACTOR * lane.pools[0].unloaded_ttft_s(tokens)),
             tokens,
             decision.expected_output_tokens,
             self._block_bytes * tokens / parsed.prompt_bytes if parsed.prompt_bytes else 0.0,
+            outputs,
             blocks,
             decision,
         )

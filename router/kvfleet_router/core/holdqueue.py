@@ -98,6 +98,8 @@ class HoldQueue:
         return over
 
     def next_expiry(self) -> float | None:
+        while self._expiries and not self._expiries[0][2].waiting:
+            heappop(self._expiries)
         return self._expiries[0][0] if self._expiries else None
 
     def _insert(self, held: Held) -> None:

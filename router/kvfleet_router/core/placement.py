@@ -57,13 +57,13 @@ class Placement:
                 return decided
             return self._hold(arrival, on_assigned, decided, now)
         held = self._hold(arrival, on_assigned, 0.0, now)
-        if isinstance(held, Refusal):
-            return held
+        answer: Ticket | Refusal | Held = held
         for other, result in self._decide_held(lane, now):
             if other is held:
-                return result
-            self._outbox.append((other.on_assigned, result))
-        return held
+                answer = result
+            else:
+                self._outbox.append((other.on_assigned, result))
+        return answer
 
     def requeue(self, held: Held, lane: Lane | Refusal, now: float) -> None:
         """The configuration changed while it waited."""

@@ -85,6 +85,11 @@ class Pool:
         loads = [_load(worker, self.itl_slo_s) for worker in self.workers.values() if worker.assignable]
         self.load = sum(loads) / len(loads) if loads else 0.0
 
+    def unloaded_ttft_s(self, prompt_tokens: float) -> float:
+        """TTFT of an uncached prompt on an idle worker."""
+        learned = self.calibration
+        return learned.prefill_factor * self.cost.prefill_s(prompt_tokens, prompt_tokens) + learned.step_s
+
     def pack_target(self) -> int:
         """[b*] Sequences to fill a worker with before another one is used."""
         learned = self.calibration

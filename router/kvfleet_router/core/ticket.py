@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kvfleet_api.fleetconfig import PolicyConfig
+    from kvfleet_router.core.calibration import OutputLengths
     from kvfleet_router.core.decisions import Decision
     from kvfleet_router.core.parse import ParsedRequest
     from kvfleet_router.core.routes import Lane
@@ -36,6 +37,8 @@ class Arrival:
     expected_output_tokens: float
     block_tokens: float
     """Tokens in a block of this prompt."""
+    outputs: OutputLengths
+    """What is known of the model's answers."""
     blocks: list[int]
     """Chained hashes of the prompt's blocks; empty when the policy does not look at prefixes."""
     decision: Decision

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 PREFILL_SHARE_WINDOW_S = 20.0
 MIN_CALIBRATION_TOKENS = 8
+MAX_CALIBRATION_PREFILL_SHARE = 0.5
+"""Streams interrupted more than this say too little about decode steps."""
 MIN_STEP_S = 1e-5
 """Keeps divisors positive where a profile says nothing takes time."""
 
@@ -199,7 +201,7 @@ class Worker:
         ticket.tokens_at_start = self._tokens_per_sequence
         ticket.sequence_seconds_at_start = self.sequence_seconds
         ticket.context_token_seconds_at_start = self.context_token_seconds
-        ticket.prefill_seconds_at_start = self.prefill_seconds
+        ticket.prefill_seconds_at_start = self.prefill_seconds  # the next prefill begins now
         sequences = ticket.parsed.sequences
         self.decoding += sequences
         self._decode_prompt_tokens += ticket.prompt_tokens
@@ -245,7 +247,10 @@ class Worker:
         duration = now - ticket.first_token_at
         if duration <= 0:
             return
-        in_prefill = min((self.prefill_seconds - ticket.prefill_seconds_at_start) / duration, 0.9)
+        running = min((now - self.head_since) / self.inflation, self.head_prefill_s) if self._pending else 0.0
+        in_prefill = (self.prefill_seconds + running - ticket.prefill_seconds_at_start) / duration
+        if in_prefill > MAX_CALIBRATION_PREFILL_SHARE:
+            return
         sequences = (self.sequence_seconds - ticket.sequence_seconds_at_start) / duration
         context = (self.context_token_seconds - ticket.context_token_seconds_at_start) / duration
         step = duration / (tokens - 1) * (1.0 - in_prefill) - self.step_s_per_context_token * context

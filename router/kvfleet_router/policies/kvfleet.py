@@ -6,6 +6,7 @@
     harm   = aP·own·n_dec + bD·E·[(H + C·(L + E/2))·n1 + H·n1 + C·ctx]                 what it slows, and is slowed
     evict  = gE·max(0, u + E − free)·Pp·exp(−age of the LRU tail / 60 s)               what it pushes out of the cache
     slo    = gI·[v(itl1) + n1·(v(itl1) − v(itl0))] + gT·σ((TTFT − m·slack)/(.05·slack))   marginal goodput
+             + gS·F(1 + own/(SLO − itl0))·(n_pending + n_dec/3)                            F: share of answers so short
              itl0 = step/(1 − share), itl1 = (step + H + C·L)/(1 − share − own/20 s), share = time spent in prefill
              v(x) = σ((x − m·SLO)/(.06·SLO)), m = the margin
     ΔE     = ep·u + E·(E1 + Ec·(L + E/2)) + (E0 − P_idle·W)·E/(n1 + 1)                 joules it adds
@@ -13,8 +14,9 @@
     L prompt tokens, u uncached, E expected output, n_dec decoding, n1 decoding and pending, slack = deadline − now.
 
 Intent. Backlog is measured in time, so a short prompt does not queue behind an 80k one. The SLO term is marginal: a worker
-beyond its SLO costs nothing more, so overload is concentrated instead of pushing every worker just over the line. While
-the winner's backlog exceeds θ the request stays at the router, where it can still go elsewhere.
+beyond its SLO costs nothing more, so overload is concentrated instead of pushing every worker just over the line. The stall term is what its
+means over 20 s miss: an answer of few tokens has no time to recover from one long prefill right behind its own, and the
+prompts still pending on a worker are exactly those whose answers begin when this prefill does. While the winner's backlog exceeds θ the request stays at the router, where it can still go elsewhere.
 
 With energy, the SLO weighs more and its margin is earlier (the guard), and joules have a price: load gathers on few
 workers. As load rises the price and the guard fade out, until the policy is the latency policy again.
@@ -24,13 +26,14 @@ Inputs: the router's own accounting, the prefix index, the cost model with its c
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from math import exp
 from typing import ClassVar
 
 import numpy as np
 
 from kvfleet_api.fleetconfig import PolicyConfig
+from kvfleet_router.core.calibration import OUTPUT_EDGES
 from kvfleet_router.core.columns import Array, Columns
 from kvfleet_router.core.energy import marginal_joules, marginal_joules_many
 from kvfleet_router.core.policy import Policy
@@ -50,29 +53,34 @@ class Weights:
     hold_above_s: float  # [θ] backlog above which a request is held
     itl_slo_s: float  # [gI] price of a sequence beyond its ITL SLO
     ttft_slo_s: float  # [gT] price of a request beyond its TTFT SLO
+    stall_s: float  # [gS] price of a short answer that this prefill stalls beyond its ITL SLO
     itl_margin: float = 0.95  # [m] of the SLO
     ttft_margin: float = 0.9  # [m] of the slack
 
 
 LATENCY = Weights(
-    own_prefill=1.5, prefill_harm=0.02, decode_harm=0.01, eviction=1.0, hold_above_s=0.2, itl_slo_s=0.0, ttft_slo_s=0.0
+    own_prefill=1.5,
+    prefill_harm=0.02,
+    decode_harm=0.01,
+    eviction=1.0,
+    hold_above_s=0.2,
+    itl_slo_s=0.0,
+    ttft_slo_s=0.0,
+    stall_s=0.0,
 )
 """LAT: least mean TTFT, indifferent to SLOs."""
 GOODPUT = Weights(
-    own_prefill=3.0, prefill_harm=0.0, decode_harm=0.01, eviction=1.0, hold_above_s=0.1, itl_slo_s=0.3, ttft_slo_s=0.3
-)
-"""GP: most requests inside their SLO; the default."""
-GUARD = Weights(
     own_prefill=3.0,
     prefill_harm=0.0,
     decode_harm=0.01,
     eviction=1.0,
     hold_above_s=0.1,
-    itl_slo_s=1.0,
-    ttft_slo_s=1.0,
-    itl_margin=0.6,
-    ttft_margin=0.6,
+    itl_slo_s=0.3,
+    ttft_slo_s=0.3,
+    stall_s=0.6,
 )
+"""GP: most requests inside their SLO; the default."""
+GUARD = replace(GOODPUT, itl_slo_s=1.0, ttft_slo_s=1.0, stall_s=2.0, itl_margin=0.6, ttft_margin=0.6)
 """GP while energy has its full price: the SLO weighs more, and from 60 % on."""
 
 ENERGY_FULL_BELOW_LOAD = 0.3
@@ -83,6 +91,10 @@ FADING_STEPS = 20
 EVICTION_AGE_S = 60.0
 ITL_SHARPNESS = 0.06
 TTFT_SHARPNESS = 0.05
+MIN_SPARE_ITL = 0.1
+"""Part of the ITL SLO that is counted as spare even where there is none: beyond the SLO, what comes costs no more."""
+STALLED_DECODING = 1 / 3
+"""A decoding sequence is less likely to be short than a pending one: it has already lasted."""
 MIN_DECODE_SHARE = 0.02
 """Decoding never starves entirely, whatever the prefill share says."""
 
@@ -99,28 +111,30 @@ class KVFleet(Policy):
     def __init__(self, config: PolicyConfig) -> None:
         super().__init__(config)
         self.hold_above_s = self.latency.hold_above_s
+        self._prices_energy = config.energy_mode != "Off"
         self._fading = [_between(self.latency, GUARD, step / FADING_STEPS) for step in range(FADING_STEPS + 1)]
 
     def _weights(self, load: float) -> tuple[Weights, float]:
-        """The constants and the price of a joule (s/J) at this load."""
-        if self.config.energy_mode == "Off" or load >= ENERGY_OFF_ABOVE_LOAD:
+        """With energy: the constants and the price of a joule (s/J) at this load."""
+        if load >= ENERGY_OFF_ABOVE_LOAD:
             return self.latency, 0.0
         share = min((ENERGY_OFF_ABOVE_LOAD - load) / (ENERGY_OFF_ABOVE_LOAD - ENERGY_FULL_BELOW_LOAD), 1.0)
         return self._fading[round(share * FADING_STEPS)], share * self.config.energy_s_per_joule
 
     def score(self, arrival: Arrival, worker: Worker, cached_tokens: float, now: float) -> tuple[float, ...]:
-        weights, price = self._weights(arrival.load)
+        weights, price = self._weights(arrival.load) if self._prices_energy else (self.latency, 0.0)
         backlog, own, step, kv_wait = ttft_parts(arrival, worker, cached_tokens, now)
         ttft = backlog + own + step + kv_wait
         prompt, expected = arrival.prompt_tokens, arrival.expected_output_tokens
         uncached = prompt - cached_tokens
-        decoding = worker.decoding
-        sequences = decoding + worker.pending
+        pending, decoding = worker.pending, worker.decoding
+        sequences = pending + decoding
         per_sequence, per_token = worker.step_s_per_sequence, worker.step_s_per_context_token
 
-        added = (per_sequence + per_token * (prompt + expected / 2)) * sequences
-        harm = weights.decode_harm * expected * (added + per_sequence * sequences + per_token * worker.context_tokens)
-        if weights.prefill_harm:
+        harm = slo = 0.0
+        if sequences:
+            added = per_sequence * 2.0 + per_token * (prompt + expected / 2)
+            harm = weights.decode_harm * expected * (added * sequences + per_token * worker.context_tokens)
             harm += weights.prefill_harm * own * decoding
 
         evict = 0.0
@@ -129,62 +143,69 @@ class KVFleet(Policy):
             age = max(now - worker.tail_used_at, 0.0)
             evict = weights.eviction * overflow * worker.prefill_s_per_token * exp(-age / EVICTION_AGE_S)
 
-        slo = 0.0
         if weights.itl_slo_s:
             target = self.config.itl_slo_s
             middle, width = weights.itl_margin * target, ITL_SHARPNESS * target
-            share = worker.prefill_share
-            if share:
-                share *= exp(min(worker.prefill_share_at - now, 0.0) / PREFILL_SHARE_WINDOW_S)
+            free = 1.0
+            if worker.prefill_share:
+                since = min(worker.prefill_share_at - now, 0.0)
+                free -= worker.prefill_share * exp(since / PREFILL_SHARE_WINDOW_S)
             step_with = step + per_sequence + per_token * prompt
-            after = _sigmoid(
-                (step_with / max(1.0 - share - own / PREFILL_SHARE_WINDOW_S, MIN_DECODE_SHARE) - middle) / width
-            )
-            slo = after
+            itl_with = step_with / max(free - own / PREFILL_SHARE_WINDOW_S, MIN_DECODE_SHARE)
+            after = _sigmoid((itl_with - middle) / width)
+            slo = weights.itl_slo_s * after
             if sequences:
-                before = _sigmoid((step / max(1.0 - share, MIN_DECODE_SHARE) - middle) / width)
-                slo += sequences * (after - before)
-            slo *= weights.itl_slo_s
+                itl = step / max(free, MIN_DECODE_SHARE)
+                slo += weights.itl_slo_s * sequences * (after - _sigmoid((itl - middle) / width))
+                spare = max(target - itl, MIN_SPARE_ITL * target)
+                stalled = arrival.outputs.share_up_to(1.0 + own / spare)
+                slo += weights.stall_s * stalled * (pending + decoding * STALLED_DECODING)
         slack = arrival.deadline - now
         if weights.ttft_slo_s and slack > 0.0:
             slo += weights.ttft_slo_s * _sigmoid((ttft - weights.ttft_margin * slack) / (TTFT_SHARPNESS * slack))
 
-        energy = 0.0
-        if price:
-            energy = price * marginal_joules(arrival, worker, uncached)
+        energy = price * marginal_joules(arrival, worker, uncached) if price else 0.0
         return backlog, own, step, kv_wait, weights.own_prefill * own, harm, evict, slo, energy
 
     def score_many(self, arrival: Arrival, workers: Columns, cached_tokens: Array, now: float) -> tuple[Array, ...]:
-        weights, price = self._weights(arrival.load)
+        weights, price = self._weights(arrival.load) if self._prices_energy else (self.latency, 0.0)
         backlog, own, step, kv_wait = ttft_parts_many(arrival, workers, cached_tokens, now)
         ttft = backlog + own + step + kv_wait
         prompt, expected = arrival.prompt_tokens, arrival.expected_output_tokens
         uncached = prompt - cached_tokens
-        sequences = workers.decoding + workers.pending
+        pending, decoding = workers.pending, workers.decoding
+        sequences = pending + decoding
         per_sequence, per_token = workers.step_s_per_sequence, workers.step_s_per_context_token
 
-        added = (per_sequence + per_token * (prompt + expected / 2)) * sequences
-        harm = weights.decode_harm * expected * (added + per_sequence * sequences + per_token * workers.context_tokens)
-        harm += weights.prefill_harm * own * workers.decoding
+        added = per_sequence * 2.0 + per_token * (prompt + expected / 2)
+        harm = weights.decode_harm * expected * (added * sequences + per_token * workers.context_tokens)
+        if weights.prefill_harm:
+            harm += weights.prefill_harm * own * decoding
 
-        overflow = np.maximum(uncached + expected - workers.kv_free_tokens, 0.0)
-        age = np.maximum(now - workers.tail_used_at, 0.0)
-        evict = weights.eviction * overflow * workers.prefill_s_per_token * np.exp(-age / EVICTION_AGE_S)
+        evict = np.zeros_like(own)
+        overflow = uncached + expected - workers.kv_free_tokens
+        if overflow.max() > 0.0:
+            age = np.maximum(now - workers.tail_used_at, 0.0)
+            tokens = np.maximum(overflow, 0.0)
+            evict = weights.eviction * tokens * workers.prefill_s_per_token * np.exp(-age / EVICTION_AGE_S)
 
         slo = np.zeros_like(own)
         if weights.itl_slo_s:
             target = self.config.itl_slo_s
             middle, width = weights.itl_margin * target, ITL_SHARPNESS * target
             since = np.minimum(workers.prefill_share_at - now, 0.0)
-            share = workers.prefill_share * np.exp(since / PREFILL_SHARE_WINDOW_S)
+            free = 1.0 - workers.prefill_share * np.exp(since / PREFILL_SHARE_WINDOW_S)
             step_with = step + per_sequence + per_token * prompt
-            left = np.maximum(1.0 - share - own / PREFILL_SHARE_WINDOW_S, MIN_DECODE_SHARE)
-            after = _sigmoids((step_with / left - middle) / width)
-            before = _sigmoids((step / np.maximum(1.0 - share, MIN_DECODE_SHARE) - middle) / width)
-            slo = weights.itl_slo_s * (after + sequences * (after - before))
+            itl_with = step_with / np.maximum(free - own / PREFILL_SHARE_WINDOW_S, MIN_DECODE_SHARE)
+            after = _sigmoids((itl_with - middle) / width)
+            itl = step / np.maximum(free, MIN_DECODE_SHARE)
+            slo = weights.itl_slo_s * (after + sequences * (after - _sigmoids((itl - middle) / width)))
+            spare = np.maximum(target - itl, MIN_SPARE_ITL * target)
+            stalled = np.interp(1.0 + own / spare, OUTPUT_EDGES, arrival.outputs.shares)
+            slo += weights.stall_s * stalled * (pending + decoding * STALLED_DECODING)
         slack = arrival.deadline - now
         if weights.ttft_slo_s and slack > 0.0:
-            slo = slo + weights.ttft_slo_s * _sigmoids((ttft - weights.ttft_margin * slack) / (TTFT_SHARPNESS * slack))
+            slo += weights.ttft_slo_s * _sigmoids((ttft - weights.ttft_margin * slack) / (TTFT_SHARPNESS * slack))
 
         energy = price * marginal_joules_many(arrival, workers, uncached) if price else np.zeros_like(own)
         return backlog, own, step, kv_wait, weights.own_prefill * own, harm, evict, slo, energy
