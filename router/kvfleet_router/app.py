@@ -14,7 +14,7 @@ import random
 import resource
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import uvloop
@@ -125,6 +125,8 @@ class RouterApp:
 
     def take_config(self, config: FleetConfig) -> None:
         """Serve `config` from now on; requests under way are not touched. Raises ConfigRejected."""
+        if config.revision == self.dispatcher.config.revision:
+            return
         try:
             self.dispatcher.configure(config)
         except ConfigError as error:
@@ -204,8 +206,11 @@ def run_router(
     admin_port: int,
     speed: float = 1.0,
     config_path: Path | None = None,
+    adapt: Callable[[FleetConfig], FleetConfig] | None = None,
 ) -> int:
-    """The router as a process; returns its exit code. `config_path`: the file `config` came from, followed from now on."""
+    """The router as a process; returns its exit code.
+
+    `config_path`: the file `config` came from, followed from now on; `adapt` is applied to what is read from it again."""
     raise_open_files()
     try:
         app = RouterApp(
@@ -215,7 +220,7 @@ def run_router(
             admin_host=admin_host,
             admin_port=admin_port,
             speed=speed,
-            source=FileSource(config_path) if config_path is not None else None,
+            source=FileSource(config_path, adapt=adapt) if config_path is not None else None,
         )
     except ConfigError as error:
         log.error("the configuration cannot be served: %s", error)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -35,7 +35,7 @@ class Sink(Protocol):
     """Takes what a source finds."""
 
     def take_config(self, config: FleetConfig) -> None:
-        """Serve this configuration from now on. Raises ConfigRejected."""
+        """Serve this configuration from now on; the one already served is no change. Raises ConfigRejected."""
 
     def take_endpoints(self, pool: str, endpoints: Sequence[WorkerEndpoint]) -> None:
         """These are the pool's workers from now on."""
@@ -57,17 +57,19 @@ class StaticSource:
 class FileSource:
     """See the module's text."""
 
-    def __init__(self, path: Path, *, poll_s: float = POLL_S) -> None:
+    def __init__(
+        self, path: Path, *, adapt: Callable[[FleetConfig], FleetConfig] | None = None, poll_s: float = POLL_S
+    ) -> None:
+        """`adapt` is applied to whatever is read: what a command line says beside the file."""
         self._path = path
+        self._adapt = adapt
         self._poll_s = poll_s
-        self._seen: tuple[int, int, int] | None = None
-        self._reported = ""
+        self._seen: tuple[int, int, int] | None = (0, 0, 0)
 
     async def run(self, sink: Sink) -> None:
-        self._seen = self._stamp()
         while True:
+            self.poll(sink)  # at once: the file may have changed since the router was given its content
             await asyncio.sleep(self._poll_s)
-            self.poll(sink)
 
     def poll(self, sink: Sink) -> None:
         """Look once; read the file if it changed."""
@@ -77,7 +79,7 @@ class FileSource:
         self._seen = stamp
         try:
             config = read_config(self._path)
-            sink.take_config(config)
+            sink.take_config(self._adapt(config) if self._adapt else config)
         except ConfigRejected as error:
             sink.reject_config(f"{self._path}: {error}")
 

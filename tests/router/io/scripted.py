@@ -196,14 +196,13 @@ class RawClient:
             return answer
 
     async def _chunks(self, answer: Answer) -> None:
-        while True:
+        raw, body = [], []
+        while not raw or body[-1]:
             line = await self.reader.readuntil(b"\r\n")
-            size = int(line.split(b";")[0], 16)
-            data = await self.reader.readexactly(size + 2)
-            answer.raw += line + data
-            answer.body += data[:-2]
-            if not size:
-                return
+            data = await self.reader.readexactly(int(line.split(b";")[0], 16) + 2)
+            raw += [line, data]
+            body.append(data[:-2])
+        answer.raw, answer.body = b"".join(raw), b"".join(body)
 
     async def closed(self) -> bytes:
         """What came until the router closed the connection."""
@@ -253,6 +252,9 @@ class Bench:
 
     def __init__(self) -> None:
         self._stack = contextlib.AsyncExitStack()
+
+    def on_close(self, callback: Callable[..., Awaitable[object]], *args: object) -> None:
+        self._stack.push_async_callback(callback, *args)
 
     async def worker(self, behave: Behaviour = answer_ok) -> ScriptedWorker:
         worker = ScriptedWorker(behave)
