@@ -54,7 +54,7 @@ TTFT_BUCKETS_S = (
 ITL_BUCKETS_S = (0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
 E2E_BUCKETS_S = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
 DECISION_BUCKETS_S = (5e-6, 1e-5, 2e-5, 4e-5, 8e-5, 1.6e-4, 3.2e-4, 6.4e-4, 1.28e-3, 5e-3, 2e-2, 1e-1)
-ERROR_BUCKETS_S = (-10, -5, -2, -1, -0.5, -0.2, -0.1, -0.05, -0.02, 0, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
+ERROR_BUCKETS_S = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 
 
 Labels = tuple[str, str, str]
@@ -147,7 +147,7 @@ class RouterMetrics(Collector):
             first_byte_at = exchange.first_byte_at
             ttft_s = first_byte_at - exchange.started_at
             series.ttft.observe(ttft_s)
-            series.error.observe(first_byte_at - ticket.sent_at - ticket.predicted_ttft_s)
+            series.error.observe(abs(first_byte_at - ticket.sent_at - ticket.predicted_ttft_s))
             series.predicted_ttft_s = ticket.predicted_ttft_s
             if chunks > 1:
                 series.itl.observe((now - first_byte_at) / (chunks - 1))
@@ -204,7 +204,11 @@ class RouterMetrics(Collector):
             ("ttft_seconds", "Time to first token of streamed answers, queueing included.", "ttft"),
             ("itl_seconds", "Mean time between the tokens of a streamed answer.", "itl"),
             ("e2e_seconds", "Time from a request's arrival to its answer's end.", "e2e"),
-            ("ttft_prediction_error_seconds", "Observed minus predicted time to first token.", "error"),
+            (
+                "ttft_prediction_error_seconds",
+                "Difference between observed and predicted time to first token, either way.",
+                "error",
+            ),
         )
         for name, text, attribute in families:
             merged: dict[tuple[str, str], list[Histogram]] = {}
