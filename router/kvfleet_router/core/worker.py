@@ -40,6 +40,9 @@ class WorkerEndpoint:
     """`http://host:port`, no path."""
     ready: bool = True
     terminating: bool = False
+    kv_events_url: str | None = None
+    """`tcp://host:port` where the engine publishes its KV events."""
+    kv_replay_url: str | None = None
 
 
 class Worker:
