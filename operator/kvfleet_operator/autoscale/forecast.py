@@ -2,7 +2,7 @@
 
     season(slot)  mean demand around that slot of the week, leaning on the same slot of every day while weeks are few
     level         today's demand relative to the season: the trend, damped with the distance
-    forecast(h)   season(now + h) x (1 + (level − 1)·DAMPING^h)
+    forecast(h)   season(now + h) x (1 + (level − 1)·exp(−h/DAMPING_S))
 
 A forecast is only ever a lower bound: it starts workers before the load comes, because a worker takes minutes to load
 its model, and keeps those that will be needed again before they could be started anew. It is used once a day was seen,
@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import ceil, isfinite
+from math import ceil, exp, isfinite
 from typing import Final
 
 import numpy as np
@@ -31,18 +31,21 @@ LEARNED_SEASONS: Final = 4
 """After so many visits a slot forgets: each further one counts for a fourth."""
 OUTLIER: Final = 3.0
 """Demand this many times the usual counts as no more than that, so that one odd hour does not return every day."""
-SMOOTHED_S: Final = 1800
+SMOOTHED_S: Final = 600
 """A slot's season is the mean of what lies this far around it, nearer slots counting for more: one day's noise is not
 next day's forecast."""
-LEVEL_GAIN: Final = 0.8
-DAMPING: Final = 0.99
-"""How much of today's difference from the season is left one slot later."""
+LEVEL_MEMORY_S: Final = 3000.0
+"""The level is an average over about this long: a morning that begins a little late must not count as a quiet day."""
+DAMPING_S: Final = 30_000.0
+"""Today's difference from the season fades with the distance."""
 LEVEL_BOUNDS: Final = (0.2, 5.0)
-ERROR_GAIN: Final = 1 / 144
-"""Errors are averaged over about half a day of slots."""
-MIN_SCORED: Final = 72
-"""Forecasts that must have been compared with what came before any is used."""
+ERROR_MEMORY_S: Final = DAY_S / 2
+"""Errors are averaged over about this long."""
+SCORED_S: Final = DAY_S / 4
+"""For so long forecasts must have been compared with what came before any is used."""
 MIN_CONFIDENCE: Final = 0.6
+SEEN_DAY: Final = 0.9
+"""Share of a day's slots that must have been seen: a short gap is no reason to wait for another day."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,7 @@ class SeasonalForecaster:
         self._error = 0.0
         self._demand = 0.0
         self._scored = 0
+        self._scored_enough = ceil(SCORED_S / slot_s)
 
     def observe(self, now_s: float, demand: float) -> None:
         """Demand as it is at a time. Times must not decrease; what is older than the current slot is ignored."""
@@ -103,17 +107,18 @@ class SeasonalForecaster:
         expected = [self._expected(first + ahead) for ahead in range(1, self._lead_slots + 2)]
         known = [demand for demand in expected if demand is not None]
         confidence = self.confidence
-        if len(known) < len(expected) or self._days.visited < self._days.slots:
-            share = self._days.visited / self._days.slots
-            return Forecast(max(known, default=0.0), confidence, False, f"learning: {share:.0%} of a day seen")
-        if self._scored < MIN_SCORED:
-            return Forecast(max(known), 0.0, False, f"learning: {self._scored} of {MIN_SCORED} forecasts compared")
+        seen = self._days.visited / self._days.slots
+        if not known or seen < SEEN_DAY:
+            return Forecast(max(known, default=0.0), confidence, False, f"learning: {seen:.0%} of a day seen")
+        if self._scored < self._scored_enough:
+            message = f"learning: {self._scored} of {self._scored_enough} forecasts compared"
+            return Forecast(max(known), 0.0, False, message)
         message = f"forecast: {max(known):.4g} within {lead_s / 60:.0f} min (confidence {confidence:.0%})"
         return Forecast(max(known), confidence, confidence >= MIN_CONFIDENCE, message)
 
     @property
     def confidence(self) -> float:
-        if self._scored < MIN_SCORED:
+        if self._scored < self._scored_enough:
             return 0.0
         return max(0.0, 1.0 - self._error / self._demand) if self._demand > 0 else 1.0
 
@@ -134,16 +139,20 @@ class SeasonalForecaster:
     def _track(self, slot: int, demand: float, usual: float) -> None:
         """Today's demand relative to the season; slots without data pull it back to 1."""
         gap = slot - self._closed if self._closed is not None else 1
-        level = 1 + (self._level - 1) * DAMPING**gap
+        level = 1 + (self._level - 1) * self._fading(gap)
         ratio = float(np.clip((demand + self._small) / (usual + self._small), *LEVEL_BOUNDS))
-        self._level = level + LEVEL_GAIN * (ratio - level)
+        self._level = level + (1 - exp(-self.slot_s / LEVEL_MEMORY_S)) * (ratio - level)
+
+    def _fading(self, slots: int) -> float:
+        """What so many slots leave of a difference from the season."""
+        return exp(-slots * self.slot_s / DAMPING_S)
 
     def _score(self, slot: int, demand: float) -> None:
         while self._made and self._made[0][0] <= slot:
             made_for, expected = self._made.popleft()
             if made_for == slot:
-                self._scored = min(self._scored + 1, MIN_SCORED)
-                gain = max(ERROR_GAIN, 1 / (self._scored + 1))
+                self._scored = min(self._scored + 1, self._scored_enough)
+                gain = max(self.slot_s / ERROR_MEMORY_S, 1 / self._scored)
                 self._error += gain * (abs(expected - demand) - self._error)
                 self._demand += gain * (demand - self._demand)
 
@@ -151,7 +160,7 @@ class SeasonalForecaster:
         usual = self._usual(slot)
         if usual is None or self._closed is None:
             return usual
-        level = 1 + (self._level - 1) * DAMPING ** max(slot - self._closed, 1)
+        level = 1 + (self._level - 1) * self._fading(max(slot - self._closed, 1))
         return max(0.0, (usual + self._small) * level - self._small)
 
     def _usual(self, slot: int) -> float | None:
