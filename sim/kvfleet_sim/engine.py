@@ -14,6 +14,7 @@ idling only, never by itself.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 from kvfleet_api.cost import CostModel
 from kvfleet_sim.energy import WorkMeter
@@ -80,12 +81,22 @@ class Engine:
         return bool(self._scheduler.running or self._scheduler.waiting)
 
     @property
+    def running(self) -> Collection[Request]:
+        """The requests in the batch, in order of admission."""
+        return self._scheduler.running
+
+    @property
     def num_running(self) -> int:
         return len(self._scheduler.running)
 
     @property
     def num_waiting(self) -> int:
         return len(self._scheduler.waiting)
+
+    @property
+    def num_deferred(self) -> int:
+        """Waiting requests that lack a LoRA slot."""
+        return self._scheduler.num_deferred
 
     @property
     def num_decoding(self) -> int:
@@ -120,6 +131,10 @@ class Engine:
             return self.meter.joules() + self.cost.idle_watts * (now_s - clock_s)
         share_left = min(1.0, (clock_s - now_s) / (clock_s - self._step_start_s))
         return self.meter.joules() - self._step_joules * share_left
+
+    def idle_s_at(self, now_s: float) -> float:
+        """Seconds that nothing ran, by `now_s`."""
+        return self.meter.idle_s + max(0.0, now_s - self.clock_s)
 
     def next_event_s(self) -> float:
         """Nothing becomes visible before this time unless something is submitted; infinite when there is no work."""

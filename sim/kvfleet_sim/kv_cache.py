@@ -4,14 +4,14 @@ A block is an integer, the number of a physical block. It is in one of three sta
 
     in use    held by one or more running requests (`references` > 0)
     cached    held by none, but findable by its key; waits in the LRU queue and may be taken away
-    empty     held by none, without a key; never used, or in the LRU queue as well
+    empty     held by none, without a key; taken before any cached one
 
 A key names the content of a block *and of everything before it* (chained hash), so a prompt's longest cached prefix is
 found by walking its keys until one is missing. Two physical blocks may hold the same key: a prompt whose blocks are all
 cached recomputes its last block, and that copy is stored again. The key lives until its last copy is evicted.
 
-As in vLLM, a request gives its blocks back tail first, so that the tail of a chain is evicted before its head; block 0 is
-reserved; and blocks never used are handed out before any cached one is evicted.
+As in vLLM, a request gives its blocks back tail first, so that the tail of a chain is evicted before its head; and block 0
+is reserved.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class KvCache:
 
     __slots__ = (
         "_copies",
+        "_empty",
         "_fresh",
         "_idle",
         "_key",
@@ -54,7 +55,8 @@ class KvCache:
         self._references = [0] * blocks
         self._key: list[int | None] = [None] * blocks
         self._fresh = 1  # blocks from here on were never used; block 0 is reserved
-        self._idle: OrderedDict[int, None] = OrderedDict()  # the LRU queue: used before, held by none
+        self._empty: list[int] = []  # used before, now without content
+        self._idle: OrderedDict[int, None] = OrderedDict()  # the LRU queue of cached blocks
         self._primary: dict[int, int] = {}  # key -> the block a hit uses
         self._copies: dict[int, list[int]] = {}  # key -> further blocks with the same content
 
@@ -66,7 +68,7 @@ class KvCache:
     @property
     def free(self) -> int:
         """Blocks that can be handed out now, cached ones included."""
-        return self.blocks - self._fresh + len(self._idle)
+        return self.blocks - self._fresh + len(self._empty) + len(self._idle)
 
     @property
     def usage(self) -> float:
@@ -114,14 +116,17 @@ class KvCache:
         """`count` blocks for new content, evicting the least recently used ones. All or nothing."""
         if count > self.free:
             raise OutOfBlocks(f"{count} blocks wanted, {self.free} free")
-        fresh = min(count, self.blocks - self._fresh)
-        taken = list(range(self._fresh, self._fresh + fresh))
-        self._fresh += fresh
-        idle, keys = self._idle, self._key
-        for _ in range(count - fresh):
-            block, _none = idle.popitem(last=False)
-            if keys[block] is not None:
-                self._forget(block)
+        taken: list[int] = []
+        if self._empty:
+            taken = self._empty[-count:] if count else []
+            del self._empty[len(self._empty) - len(taken) :]
+        fresh = min(count - len(taken), self.blocks - self._fresh)
+        if fresh:
+            taken += range(self._fresh, self._fresh + fresh)
+            self._fresh += fresh
+        for _ in range(count - len(taken)):
+            block, _none = self._idle.popitem(last=False)
+            self._forget(block)
             taken.append(block)
         references = self._references
         for block in taken:
@@ -138,18 +143,24 @@ class KvCache:
 
     def release(self, blocks: Sequence[int]) -> None:
         """Give a request's blocks back, in the order of its tokens."""
-        references, idle = self._references, self._idle
+        references, idle, keys = self._references, self._idle, self._key
         for block in reversed(blocks):
             left = references[block] - 1
             references[block] = left
-            if not left:
+            if left:
+                continue
+            if keys[block] is None:
+                self._empty.append(block)
+            else:
                 idle[block] = None
 
     def clear(self) -> bool:
         """Forget everything cached; refused (False) while a request holds blocks."""
-        if self._fresh - 1 != len(self._idle):
+        if self.free != self.capacity:
             return False
         self._key = [None] * self.blocks
+        self._empty += self._idle
+        self._idle.clear()
         self._primary.clear()
         self._copies.clear()
         return True

@@ -65,6 +65,11 @@ class Scheduler:
         """Whether the next step, blocks permitting, gives decoding requests one token and does nothing else."""
         return self.decoding.count > 0 and self._prefilling is None and not (self.waiting and self._admissible)
 
+    @property
+    def num_deferred(self) -> int:
+        """Waiting requests that lack a LoRA slot."""
+        return sum(1 for request in self.waiting if self._lora_slot_missing(request))
+
     def enqueue(self, request: Request) -> None:
         self.waiting.push(request)
         self._admissible = True

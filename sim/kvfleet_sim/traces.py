@@ -15,8 +15,8 @@ import gzip
 import hashlib
 import io
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,12 @@ def read_trace(path: Path | str, *, limit: int | None = None) -> list[TraceRow]:
     if not result:
         raise TraceError(f"{path}: holds no requests: give a trace with at least one row")
     return sorted(result, key=lambda row: row.arrival_s)
+
+
+def at_rate(rows: Sequence[TraceRow], factor: float) -> list[TraceRow]:
+    """The same requests, arriving `factor` times as fast, from 0."""
+    start_s = rows[0].arrival_s if rows else 0.0
+    return [replace(row, arrival_s=(row.arrival_s - start_s) / factor) for row in rows]
 
 
 def _open(path: Path) -> io.TextIOWrapper:

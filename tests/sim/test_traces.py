@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kvfleet_sim.traces import TraceError, TraceRow, prompt_text, read_trace
 
-SLICE = Path(__file__).parents[2] / "examples" / "traces" / "mooncake_synthetic_400.jsonl"
+SLICE = Path(__file__).parents[2] / "examples" / "traces" / "mooncake_synthetic_300.jsonl"
 
 
 def write(tmp_path: Path, *lines: str, name: str = "trace.jsonl") -> Path:
@@ -26,7 +26,7 @@ def mooncake(**fields: object) -> str:
 
 def test_the_shipped_slice_is_complete_and_in_order() -> None:
     rows = read_trace(SLICE)
-    assert len(rows) == 400
+    assert len(rows) == 300
     assert [row.arrival_s for row in rows] == sorted(row.arrival_s for row in rows)
     assert all(len(row.block_ids) * row.block_tokens >= row.prompt_tokens for row in rows)
 

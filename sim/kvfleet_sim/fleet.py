@@ -1,0 +1,387 @@
+"""A fleet in virtual time: one engine a worker, and in front of them the router's own core. Deterministic by seed.
+
+What decides here is what decides in production: the same Dispatcher with its policies, prefix index, predictor and held
+requests. Simulated are the engines, the clients and the clock; the network takes no time.
+
+One heap of events moves the clock: requests due, ticks that a router with held requests wants, and for every engine the
+next time something of it can become visible. An engine is run up to that time and no further, steps that only decode are
+taken together, and nothing is done per token. So a decision sees exactly what has happened by then, and nothing later.
+
+`Event` order at equal times: engines report, then requests arrive, then routers tick.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from heapq import heapify, heappop, heappush
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from kvfleet_api.cost import CostModel
+from kvfleet_api.fleetconfig import Endpoint, FleetConfig, PoolConfig
+from kvfleet_router.core.dispatcher import HELD_TICK_S, Dispatcher, Held, Refusal, Ticket
+from kvfleet_router.core.parse import ParsedRequest
+from kvfleet_router.policies import REGISTRY
+from kvfleet_sim.engine import Engine
+from kvfleet_sim.request import Request, StepResult
+from kvfleet_sim.traces import BYTES_PER_TOKEN
+from kvfleet_sim.workload import LoadRequest
+
+ENGINE, ARRIVAL, TICK = range(3)
+PROGRESS_EVERY: Final = 64
+"""Requests between two reports of progress."""
+TOO_LONG: Final = "too_long"
+"""The engine's answer (400) to a request that its context or KV cache cannot hold."""
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How the simulated fleet differs from the one configured."""
+
+    replicas: int = 1
+    """Routers in front of the workers; each knows only what it sent itself."""
+    kv_events: bool | None = None
+    """Whether engines tell the routers what they cache; none: as the configuration says."""
+    calibration_error: float = 1.0
+    """Factor by which routers believe prefill to be slower, and decoding to be faster, than it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What came of every request, by its number in the load. Times in seconds; NaN where it failed."""
+
+    sent_s: Array
+    ttft_s: Array
+    itl_s: Array
+    """Mean time between its tokens; 0 for a single one."""
+    prompt_tokens: Array
+    cached_tokens: Array
+    output_tokens: Array
+    finish_s: Array
+    joules: float
+    """Of all workers, from the start to the last answer, idling included."""
+    failures: Counter[str]
+    requests_by_worker: Counter[str]
+
+    @property
+    def completed(self) -> npt.NDArray[np.bool_]:
+        return ~np.isnan(self.finish_s)
+
+
+class _Worker:
+    """An engine and where it stands in the heap."""
+
+    __slots__ = ("due_s", "engine", "longest_tokens", "name")
+
+    def __init__(self, name: str, engine: Engine, pool: PoolConfig) -> None:
+        self.name = name
+        self.engine = engine
+        self.longest_tokens = min(engine.capacity_tokens, pool.max_context_tokens or engine.capacity_tokens)
+        self.due_s = math.inf
+
+
+@dataclass(slots=True, eq=False)
+class _Flight:
+    """A request on its way."""
+
+    number: int
+    router: int
+    load: LoadRequest
+    sent_s: float
+    ticket: Ticket | None = None
+    first_token_s: float | None = None
+
+
+def with_simulated_workers(config: FleetConfig, replicas: dict[str, int]) -> FleetConfig:
+    """The fleet with so many workers in each pool; raises ValueError where that leaves nothing to simulate."""
+    pools = []
+    for pool in config.pools:
+        if pool.role != "Unified":
+            raise ValueError(f"ModelPool {pool.name}: role {pool.role} cannot be simulated: only Unified pools can")
+        names = [f"{pool.name}-{number}" for number in range(replicas.get(pool.name, 0))]
+        pools.append(
+            pool.model_copy(update={"endpoints": [Endpoint(name=n, url=f"http://{n}.invalid:80") for n in names]})
+        )
+    if not any(pool.endpoints for pool in pools):
+        raise ValueError("the fleet has no worker: set spec.replicas (or autoscaling.minReplicas) above 0")
+    return config.model_copy(update={"pools": pools})
+
+
+def with_policy(config: FleetConfig, policy: str) -> FleetConfig:
+    """The fleet under a strategy of the router's registry; `NAME:energy` sets energy mode Prefer, plain NAME sets Off.
+
+    `manifests` leaves every RoutingPolicy as it is. Raises ValueError for an unknown name.
+    """
+    if policy == "manifests":
+        return config
+    name, _, variant = policy.partition(":")
+    if name not in REGISTRY or variant not in ("", "energy") or (variant and "energy" not in REGISTRY[name].parts):
+        raise ValueError(f"policy {policy!r} is not known: use one of {', '.join(policy_names())}")
+    update = {"strategy": name, "energy_mode": "Prefer" if variant else "Off"}
+    return config.model_copy(update={"policies": [p.model_copy(update=update) for p in config.policies]})
+
+
+def policy_names() -> list[str]:
+    """Everything `with_policy` takes."""
+    energy = [f"{name}:energy" for name, policy in REGISTRY.items() if "energy" in policy.parts]
+    return sorted([*REGISTRY, *energy, "manifests"])
+
+
+def simulate(
+    config: FleetConfig,
+    load: Sequence[LoadRequest],
+    *,
+    model: str,
+    block_tokens: int,
+    seed: int = 0,
+    options: Options = Options(),
+    on_progress: Callable[[int], None] | None = None,
+) -> Run:
+    """Send `load` to the fleet (its pools' `endpoints`) and run it to the last answer.
+
+    `block_tokens`: what a block key of the load stands for; engines and prefix index count in these blocks.
+    """
+    return _Simulation(config, load, model, block_tokens, seed, options, on_progress).run()
+
+
+class _Simulation:
+    def __init__(
+        self,
+        config: FleetConfig,
+        load: Sequence[LoadRequest],
+        model: str,
+        block_tokens: int,
+        seed: int,
+        options: Options,
+        on_progress: Callable[[int], None] | None,
+    ) -> None:
+        self._load = load
+        self._model = model
+        self._on_progress = on_progress
+        self._now_s = 0.0
+        self._kv_events = _uses_events(config) if options.kv_events is None else options.kv_events
+        self._workers = [
+            _Worker(endpoint.name, self._engine(pool, block_tokens), pool)
+            for pool in config.pools
+            for endpoint in pool.endpoints
+        ]
+        self._by_name = {worker.name: worker for worker in self._workers}
+        self._numbers = {worker.name: number for number, worker in enumerate(self._workers)}
+        believed = _as_believed(config, block_tokens, options.calibration_error)
+        self._routers = [
+            Dispatcher(
+                believed,
+                clock=lambda: self._now_s,
+                rng=random.Random(f"{seed}/{replica}"),
+                policies=REGISTRY,
+                max_decisions=1,
+            )
+            for replica in range(options.replicas)
+        ]
+        self._known = [{worker.name: worker for worker in router.workers()} for router in self._routers]
+        self._ticking = [False] * options.replicas
+        draw = random.Random(f"{seed}/clients")
+        self._router_of = [draw.randrange(options.replicas) for _ in load]
+        self._outgoing: list[tuple[_Worker, _Flight]] = []
+        self._events = [
+            (request.start_s, ARRIVAL, number) for number, request in enumerate(load) if request.start_s is not None
+        ]
+        heapify(self._events)
+        self._results = np.full((6, len(load)), np.nan)
+        self._failures: Counter[str] = Counter()
+        self._served: Counter[str] = Counter()
+        self._ended = 0
+
+    def _engine(self, pool: PoolConfig, block_tokens: int) -> Engine:
+        return Engine(pool.cost, block_tokens=block_tokens, record_events=self._kv_events)
+
+    def run(self) -> Run:
+        events = self._events
+        while events:
+            time_s, kind, number = heappop(events)
+            if kind == ENGINE:
+                worker = self._workers[number]
+                if worker.due_s != time_s:
+                    continue  # it was rescheduled
+                self._now_s = time_s
+                self._advance(worker)
+                self._schedule(worker)
+            elif kind == ARRIVAL:
+                self._now_s = time_s
+                self._arrive(number)
+            else:
+                self._now_s = time_s
+                self._tick(number)
+            while self._outgoing:
+                self._deliver(*self._outgoing.pop())
+        if self._ended != len(self._load):
+            raise RuntimeError(f"{len(self._load) - self._ended} requests neither completed nor failed")
+        sent_s, ttft_s, itl_s, cached, output, finish_s = self._results
+        return Run(
+            sent_s=sent_s,
+            ttft_s=ttft_s,
+            itl_s=itl_s,
+            prompt_tokens=np.array([request.prompt_tokens for request in self._load], dtype=np.float64),
+            cached_tokens=cached,
+            output_tokens=output,
+            finish_s=finish_s,
+            joules=sum(worker.engine.joules_at(self._now_s) for worker in self._workers),
+            failures=self._failures,
+            requests_by_worker=self._served,
+        )
+
+    # -- events ---------------------------------------------------------------------------------------------------------
+
+    def _arrive(self, number: int) -> None:
+        request, router = self._load[number], self._router_of[number]
+        flight = _Flight(number, router, request, self._now_s)
+        self._results[0, number] = self._now_s
+        parsed = ParsedRequest(
+            "completions",
+            self._model,
+            stream=True,
+            prompt_bytes=request.prompt_tokens * BYTES_PER_TOKEN,
+            prompt_tokens=request.prompt_tokens,
+            block_hashes=list(request.block_keys),
+        )
+        assigned = partial(self._assigned, flight)
+        answer = self._routers[router].submit(parsed, request_id=str(number), on_assigned=assigned)
+        if not isinstance(answer, Held):
+            assigned(answer)
+        elif not self._ticking[router]:
+            self._ticking[router] = True
+            heappush(self._events, (self._now_s + HELD_TICK_S, TICK, router))
+
+    def _assigned(self, flight: _Flight, answer: Ticket | Refusal) -> None:
+        if isinstance(answer, Refusal):
+            self._failed(flight, answer.code)
+            return
+        worker = self._by_name[answer.worker.name]
+        flight.ticket = answer
+        if flight.load.prompt_tokens + flight.load.output_tokens > worker.longest_tokens:
+            self._routers[flight.router].abandon(answer, TOO_LONG)
+            self._failed(flight, TOO_LONG)
+        else:
+            self._outgoing.append((worker, flight))
+
+    def _tick(self, router: int) -> None:
+        wanted_s = self._routers[router].tick()
+        self._ticking[router] = wanted_s is not None
+        if wanted_s is not None:
+            heappush(self._events, (self._now_s + max(wanted_s, 0.001), TICK, router))
+
+    def _deliver(self, worker: _Worker, flight: _Flight) -> None:
+        """The request reaches its engine, which is first brought to this moment."""
+        self._advance(worker)
+        load = flight.load
+        request = Request(flight.number, load.prompt_tokens, load.output_tokens, load.block_keys, payload=flight)
+        worker.engine.submit(request, self._now_s)
+        self._served[worker.name] += 1
+        self._schedule(worker)
+
+    # -- engines --------------------------------------------------------------------------------------------------------
+
+    def _schedule(self, worker: _Worker) -> None:
+        due_s = worker.engine.next_event_s()
+        if due_s != worker.due_s:
+            worker.due_s = due_s
+            if due_s < math.inf:
+                heappush(self._events, (due_s, ENGINE, self._numbers[worker.name]))
+
+    def _advance(self, worker: _Worker) -> None:
+        """Run the engine up to now, and tell the routers what became visible."""
+        for result in worker.engine.advance(self._now_s):
+            if result.kv_batches:
+                self._report_cache(worker, result)
+            for request in result.prefilled:
+                self._first_token(request, result.end_s)
+            for request in result.finished:
+                self._finished(request, result.end_s)
+        worker.due_s = math.nan  # whatever was scheduled is done
+
+    def _first_token(self, request: Request, now_s: float) -> None:
+        flight = request.payload
+        assert isinstance(flight, _Flight) and flight.ticket is not None
+        if flight.first_token_s is None:  # else it was preempted and resumed
+            flight.first_token_s = now_s
+            self._routers[flight.router].first_token(flight.ticket)
+
+    def _finished(self, request: Request, now_s: float) -> None:
+        flight = request.payload
+        assert isinstance(flight, _Flight) and flight.ticket is not None and flight.first_token_s is not None
+        self._routers[flight.router].finish(
+            flight.ticket,
+            output_tokens=request.output_tokens,
+            prompt_tokens=request.prompt_tokens,
+            cached_tokens=request.cached_tokens,
+        )
+        gaps = max(request.output_tokens - 1, 1)
+        self._results[1:, flight.number] = (
+            flight.first_token_s - flight.sent_s,
+            (now_s - flight.first_token_s) / gaps,
+            request.cached_tokens,
+            request.output_tokens,
+            now_s,
+        )
+        self._end(flight)
+
+    def _report_cache(self, worker: _Worker, result: StepResult) -> None:
+        for router, known in zip(self._routers, self._known, strict=True):
+            told = known[worker.name]
+            for batch in result.kv_batches:
+                router.cache_removed(told, batch.removed)
+                for stored in batch.stored:
+                    router.cache_stored(told, stored.keys)
+
+    # -- ends -----------------------------------------------------------------------------------------------------------
+
+    def _failed(self, flight: _Flight, code: str) -> None:
+        self._failures[code] += 1
+        self._end(flight)
+
+    def _end(self, flight: _Flight) -> None:
+        """Completed or failed: the client goes on to its next turn."""
+        self._ended += 1
+        following = flight.load.next_turn
+        if following is not None:
+            heappush(self._events, (self._now_s + self._load[following].think_s, ARRIVAL, following))
+        if self._on_progress is not None and self._ended % PROGRESS_EVERY == 0:
+            self._on_progress(PROGRESS_EVERY)
+
+
+def _uses_events(config: FleetConfig) -> bool:
+    """Engines publish KV events, and no policy insists on the approximate view."""
+    published = all(pool.kv_events_port for pool in config.pools)
+    return published and all(policy.prefix.source != "Approximate" for policy in config.policies)
+
+
+def _as_believed(config: FleetConfig, block_tokens: int, error: float) -> FleetConfig:
+    """The configuration the routers load: in blocks of the load, and as wrong about the workers as asked for."""
+    pools = [pool.model_copy(update={"cost": _misjudged(pool.cost, error)}) for pool in config.pools]
+    policies = [
+        policy.model_copy(
+            update={"prefix": policy.prefix.model_copy(update={"block_bytes": block_tokens * BYTES_PER_TOKEN})}
+        )
+        for policy in config.policies
+    ]
+    return config.model_copy(update={"pools": pools, "policies": policies})
+
+
+def _misjudged(cost: CostModel, error: float) -> CostModel:
+    return replace(
+        cost,
+        prefill_s_per_token=cost.prefill_s_per_token * error,
+        prefill_s_per_token_pair=cost.prefill_s_per_token_pair * error,
+        step_s=cost.step_s / error,
+        step_s_per_sequence=cost.step_s_per_sequence / error,
+        step_s_per_context_token=cost.step_s_per_context_token / error,
+    )
