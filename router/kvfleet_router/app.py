@@ -25,6 +25,7 @@ from kvfleet_api.fleetconfig import FleetConfig
 from kvfleet_router.core.dispatcher import ConfigError, Dispatcher, WorkerEndpoint
 from kvfleet_router.io.admin import Admin
 from kvfleet_router.io.config_source import ConfigRejected, ConfigSource, FileSource, StaticSource
+from kvfleet_router.io.gate import Gate
 from kvfleet_router.io.metrics import PREFIX, RouterMetrics
 from kvfleet_router.io.models import ModelList
 from kvfleet_router.io.proxy import Proxy
@@ -69,7 +70,7 @@ class RouterApp:
             config, clock=self.clock, rng=self._rng, policies=REGISTRY, epoch_s=time.time() - self.clock()
         )
         self.metrics = RouterMetrics(self.dispatcher)
-        self.metrics.extra.append(self._connection_metrics)
+        self.metrics.extra += (self._connection_metrics, self._source.metrics)
         self._unready = "starting"
         self._sweeper: asyncio.TimerHandle | None = None
         self._source_task: asyncio.Task[None] | None = None
@@ -89,8 +90,8 @@ class RouterApp:
             speed=self._speed,
         )
         limits = self.dispatcher.config.limits
-        self.server = Server(self.proxy, limits)
-        self.admin_server = Server(Admin(self.dispatcher, self._registry(), lambda: self._unready), limits)
+        self.server = Server(Gate(self.proxy, lambda: self._source.unready), limits)
+        self.admin_server = Server(Admin(self.dispatcher, self._registry(), lambda: self.unready), limits)
         self.admin_port = await self.admin_server.listen(self.admin_host, self.admin_port)
         self.port = await self.server.listen(self.host, self.port)
         self.proxy.start()
@@ -104,15 +105,21 @@ class RouterApp:
         """Leave: answers under way may end within `drain_s` (default: the configuration's)."""
         self._unready = "draining"
         self.proxy.draining = True
-        if self._source_task is not None:
-            self._source_task.cancel()
         cut = await self.server.drain(self.dispatcher.config.drain_s if drain_s is None else drain_s)
         if cut:
             log.warning("%d answers were cut off at the drain time limit", cut)
+        if self._source_task is not None:  # only now: requests that were queued still had to find the right workers
+            self._source_task.cancel()
+            await asyncio.gather(self._source_task, return_exceptions=True)
         await self.proxy.close()
         await self.admin_server.drain(ADMIN_DRAIN_S)
         if self._sweeper is not None:
             self._sweeper.cancel()
+
+    @property
+    def unready(self) -> str:
+        """Why no requests should come; empty: they may."""
+        return self._unready or self._source.unready
 
     def _sweep(self) -> None:
         now = time.monotonic()
@@ -207,11 +214,15 @@ def run_router(
     speed: float = 1.0,
     config_path: Path | None = None,
     adapt: Callable[[FleetConfig], FleetConfig] | None = None,
+    source: ConfigSource | None = None,
 ) -> int:
     """The router as a process; returns its exit code.
 
-    `config_path`: the file `config` came from, followed from now on; `adapt` is applied to what is read from it again."""
+    `config_path`: the file `config` came from, followed from now on; `adapt` is applied to what is read from it again.
+    `source`: what is followed in its place."""
     raise_open_files()
+    if source is None and config_path is not None:
+        source = FileSource(config_path, adapt=adapt)
     try:
         app = RouterApp(
             config,
@@ -220,7 +231,7 @@ def run_router(
             admin_host=admin_host,
             admin_port=admin_port,
             speed=speed,
-            source=FileSource(config_path, adapt=adapt) if config_path is not None else None,
+            source=source,
         )
     except ConfigError as error:
         log.error("the configuration cannot be served: %s", error)

@@ -6,16 +6,18 @@ the router: what cannot be read is reported, and the last good configuration sta
     StaticSource   the configuration the router was started with, and nothing more
     FileSource     a compiled FleetConfig in a file, read again when it changes (by replacement or in place; a mounted
                    ConfigMap changes by a symlink). Polled: it works on every file system
+    KubernetesSource (kubernetes.py)  a ConfigMap and EndpointSlices, watched at the API server
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from prometheus_client.core import Metric
 from pydantic import ValidationError
 
 from kvfleet_api.fleetconfig import FleetConfig
@@ -48,13 +50,22 @@ class ConfigSource(Protocol):
     async def run(self, sink: Sink) -> None:
         """Feed `sink` until cancelled."""
 
+    @property
+    def unready(self) -> str:
+        """Why the router should get no requests yet; empty: it should."""
+        return ""
 
-class StaticSource:
+    def metrics(self) -> Iterable[Metric]:
+        """What to show about the source itself."""
+        return ()
+
+
+class StaticSource(ConfigSource):
     async def run(self, sink: Sink) -> None:
         """Nothing changes."""
 
 
-class FileSource:
+class FileSource(ConfigSource):
     """See the module's text."""
 
     def __init__(
@@ -100,6 +111,11 @@ def read_config(path: Path) -> FleetConfig:
         raise ConfigRejected(f"cannot be read ({error.strerror}): the last configuration stays in use") from error
     if len(text) > MAX_CONFIG_BYTES:
         raise ConfigRejected(f"is larger than {MAX_CONFIG_BYTES} bytes: is this a FleetConfig?")
+    return parse_config(text)
+
+
+def parse_config(text: bytes | str) -> FleetConfig:
+    """A compiled FleetConfig. Raises ConfigRejected."""
     try:
         return FleetConfig.model_validate_json(text)
     except ValidationError as error:

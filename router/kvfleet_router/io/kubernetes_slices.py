@@ -1,0 +1,124 @@
+"""EndpointSlices → the workers of a pool. Pure.
+
+A Service's endpoints are spread over any number of slices; while the controller moves one, it may be in two at once. What
+its conditions mean here:
+
+    terminating            gets no new request from now on; the answers it is giving go on
+    ready (or not said)    gets requests
+    otherwise              gets none, whatever else there is: an engine that loads its model answers nothing
+
+An endpoint in two slices is terminating if either says so, and ready only if both do. With two address families the first
+in FAMILIES counts. Ports are found by their names; an endpoint without the HTTP port, or whose address is no IP address
+that a pod can have, is left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from ipaddress import ip_address
+
+import msgspec
+
+from kvfleet_router.core.worker import WorkerEndpoint
+from kvfleet_router.io.kubernetes_watch import Metadata
+
+SERVICE_LABEL = "kubernetes.io/service-name"
+FAMILIES = ("IPv4", "IPv6")
+HTTP_PORT, KV_EVENTS_PORT, KV_REPLAY_PORT = "http", "kv-events", "kv-replay"
+"""Names of the ports in the pools' headless Services."""
+MAX_WORKERS = 8192
+"""Of one pool; more are left out."""
+_POD_NAME = re.compile(r"[a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?")
+"""Names go into headers of answers, and nobody checks what a slice made by hand refers to."""
+
+
+class Conditions(msgspec.Struct):
+    ready: bool | None = None
+    terminating: bool | None = None
+
+
+class Reference(msgspec.Struct):
+    kind: str = ""
+    name: str = ""
+
+
+class SliceEndpoint(msgspec.Struct):
+    addresses: list[str] | None = None
+    conditions: Conditions = msgspec.field(default_factory=Conditions)
+    target: Reference | None = msgspec.field(default=None, name="targetRef")
+
+
+class SlicePort(msgspec.Struct):
+    name: str | None = None
+    port: int | None = None
+
+
+class EndpointSlice(msgspec.Struct):
+    metadata: Metadata
+    family: str = msgspec.field(default="", name="addressType")
+    endpoints: list[SliceEndpoint] | None = None
+    ports: list[SlicePort] | None = None
+
+    @property
+    def service(self) -> str:
+        return (self.metadata.labels or {}).get(SERVICE_LABEL, "")
+
+
+def workers(slices: Iterable[EndpointSlice], service: str) -> list[WorkerEndpoint]:
+    """The workers behind `service`, by name."""
+    found: dict[str, WorkerEndpoint] = {}
+    for family in FAMILIES:
+        of_family: dict[str, WorkerEndpoint] = {}
+        for part in slices:
+            if part.family == family and part.service == service:
+                _merge(of_family, part)
+        found = {**of_family, **found}
+    return [found[name] for name in sorted(found)[:MAX_WORKERS]]
+
+
+def _merge(found: dict[str, WorkerEndpoint], part: EndpointSlice) -> None:
+    ports = {port.name: port.port for port in part.ports or () if port.port is not None and 0 < port.port < 65536}
+    if HTTP_PORT not in ports:
+        return
+    for endpoint in part.endpoints or ():
+        worker = _worker(endpoint, ports)
+        if worker is None:
+            continue
+        other = found.get(worker.name)
+        if other is not None:
+            ready, terminating = worker.ready and other.ready, worker.terminating or other.terminating
+            worker = replace(worker, ready=ready, terminating=terminating)
+        found[worker.name] = worker
+
+
+def _worker(endpoint: SliceEndpoint, ports: dict[str | None, int]) -> WorkerEndpoint | None:
+    host = _host(endpoint.addresses[0]) if endpoint.addresses else ""
+    if not host:
+        return None
+    target, conditions = endpoint.target, endpoint.conditions
+
+    def url(port: str, scheme: str = "tcp") -> str | None:
+        return f"{scheme}://{host}:{ports[port]}" if port in ports else None
+
+    is_pod = target is not None and target.kind == "Pod" and _POD_NAME.fullmatch(target.name)
+    return WorkerEndpoint(
+        name=target.name if target and is_pod else f"{host}:{ports[HTTP_PORT]}",
+        url=f"http://{host}:{ports[HTTP_PORT]}",
+        ready=conditions.ready is not False,
+        terminating=bool(conditions.terminating),
+        kv_events_url=url(KV_EVENTS_PORT),
+        kv_replay_url=url(KV_REPLAY_PORT),
+    )
+
+
+def _host(address: str) -> str:
+    """As in a URL; empty where it is no address of a pod."""
+    try:
+        ip = ip_address(address)
+    except ValueError:
+        return ""
+    if ip.is_unspecified or ip.is_link_local or ip.is_multicast or getattr(ip, "scope_id", None):
+        return ""
+    return f"[{ip}]" if ip.version == 6 else str(ip)
