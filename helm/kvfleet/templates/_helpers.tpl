@@ -1,4 +1,4 @@
-{{/* Names. The prefix leaves room for the longest suffix within the 63 characters of a label value. */}}
+{{/* Names. The prefix leaves room for the longest suffix (-operator) within the 63 characters of a label value. */}}
 {{- define "kvfleet.name" -}}
 {{- default .Chart.Name .Values.nameOverride | trunc 40 | trimSuffix "-" -}}
 {{- end -}}
@@ -113,29 +113,5 @@ resources:
 {{- with .Values.operator.securityContext }}
 securityContext:
   {{- toYaml . | nindent 2 }}
-{{- end }}
-{{- end -}}
-
-{{/* Whether the cluster serves a kind of ours already; argument: list $ KIND. */}}
-{{- define "kvfleet.kindIsKnown" -}}
-{{- (index . 0).Capabilities.APIVersions.Has (printf "kvfleet.io/v1alpha1/%s" (index . 1)) -}}
-{{- end -}}
-
-{{/*
-Annotations of a custom resource whose CRD this same release may bring; argument: list $ KIND.
-
-Helm resolves every kind of a release before it creates the first object, so a custom resource cannot stand beside its
-new CRD. Where the cluster does not know the kind yet, the object is therefore a hook that runs after wait-for-kinds.yaml,
-and carries the marks of Helm's ownership by which the next upgrade adopts it as an ordinary object of the release.
-*/}}
-{{- define "kvfleet.customResourceAnnotations" -}}
-{{- $root := index . 0 -}}
-{{- if ne (include "kvfleet.kindIsKnown" .) "true" }}
-helm.sh/hook: post-install,post-upgrade
-meta.helm.sh/release-name: {{ $root.Release.Name }}
-meta.helm.sh/release-namespace: {{ $root.Release.Namespace }}
-{{- end }}
-{{- if $root.Values.crds.keep }}
-helm.sh/resource-policy: keep
 {{- end }}
 {{- end -}}
