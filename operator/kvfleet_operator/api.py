@@ -29,6 +29,8 @@ WRITE_TIMEOUT_S: Final = 4.0
 """Shorter than what a Lease has left when its holder gives up, so that no write outlives the leadership."""
 READ_TIMEOUT_S: Final = 30.0
 PAGE: Final = 500
+VERBS: Final = {"GET": "get", "POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}
+"""As RBAC names them."""
 
 
 kubernetes_config: Any = kubernetes.aio.config
@@ -136,7 +138,9 @@ class KubeApi:
         body = {"metadata": {"resourceVersion": metadata["resourceVersion"]}, "status": status}
         path = resource.path(metadata.get("namespace"), metadata["name"], "status")
         query = {"fieldManager": MANAGER}
-        return await self._request("PATCH", resource, path, body=body, query=query, content_type=MERGE)
+        return await self._request(
+            "PATCH", resource, path, body=body, query=query, content_type=MERGE, subresource="status"
+        )
 
     async def delete(self, live: Manifest) -> None:
         """Delete that very object (by uid); its pods go with it in the background. Gone already is fine."""
@@ -157,6 +161,7 @@ class KubeApi:
         path: str,
         *,
         verb: str = "",
+        subresource: str = "",
         query: Mapping[str, str | None] | None = None,
         body: Any = None,
         content_type: str = "application/json",
@@ -182,7 +187,8 @@ class KubeApi:
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise ApiError(0, "Unreachable", f"{method} {path}: {error or type(error).__name__}") from error
         finally:
-            self._metrics.api_requests.labels(verb or method.lower(), resource.plural, str(code)).inc()
+            what = f"{resource.plural}/{subresource}" if subresource else resource.plural
+            self._metrics.api_requests.labels(verb or VERBS[method], what, str(code)).inc()
         return _decoded(code, payload, f"{method} {path}")
 
 

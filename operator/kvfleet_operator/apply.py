@@ -19,6 +19,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
+from typing import Final
 
 from kvfleet_api.common import Resource
 from kvfleet_operator.api import ApiError, KubeApi
@@ -30,7 +31,8 @@ from kvfleet_operator.resources import BY_KIND, CHILDREN
 from kvfleet_operator.world import World
 
 logger = logging.getLogger(__name__)
-ORDER = {resource.kind: index for index, resource in enumerate(CHILDREN)}
+MAX_SPELLINGS: Final = 10_000
+ORDER: Final = {resource.kind: index for index, resource in enumerate(CHILDREN)}
 
 
 class Applier:
@@ -101,6 +103,8 @@ class Applier:
         self._spellings.pop(uid, None)
         if difference(wanted, result) is not None:
             self._spellings[uid] = _digest(result)
+            if len(self._spellings) > MAX_SPELLINGS:
+                del self._spellings[next(iter(self._spellings))]  # the oldest; at worst it is applied once more
         self._world.put(result)
 
     async def _delete_leftovers(self, owner: Resource, plan: Plan) -> bool:

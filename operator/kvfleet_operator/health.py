@@ -4,7 +4,7 @@ The server runs in a thread of its own, so that a blocked event loop cannot sile
 
 - /healthz fails when the event loop has not turned for `LOOP_S`, or when a watch has not been proven to work for
   `watch_limit_s` (`resync`): a restart is the remedy for both.
-- /readyz fails until the process has started and reached the API server; a standby is ready too.
+- /readyz fails until the API server has answered once; a standby is ready too.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 
 LOOP_S: Final = 30.0
 BEAT_S: Final = 1.0
+STOP_S: Final = 0.1
+"""How long the server may take to notice that it is to stop."""
 
 
 class Health:
@@ -30,17 +32,22 @@ class Health:
         self,
         ages: Callable[[], Mapping[str, float]],
         *,
+        ready: Callable[[], bool],
         watch_limit_s: float,
         loop_limit_s: float = LOOP_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.ready = False
         self.leading = False
         self._ages = ages
+        self._ready = ready
         self._watch_limit_s = watch_limit_s
         self._loop_limit_s = loop_limit_s
         self._clock = clock
         self._turned = clock()
+
+    @property
+    def ready(self) -> bool:
+        return self._ready()
 
     def beat(self) -> None:
         self._turned = self._clock()
@@ -81,7 +88,7 @@ class HealthServer:
         self._registry = registry
         self._server = make_server(host, port, self._serve, server_class=_Server, handler_class=_QuietHandler)
         self.port = self._server.server_port
-        self._thread = threading.Thread(target=self._server.serve_forever, name="health", daemon=True)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(STOP_S,), name="health", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
@@ -107,5 +114,6 @@ class HealthServer:
             status = "503 Service Unavailable" if complaints else "200 OK"
             return status, text, ("\n".join(complaints or ["ok"]) + "\n").encode()
         if path == "/readyz":
-            return ("200 OK", text, b"ok\n") if self._health.ready else ("503 Service Unavailable", text, b"starting\n")
+            ready = self._health.ready
+            return ("200 OK", text, b"ok\n") if ready else ("503 Service Unavailable", text, b"no answer yet\n")
         return "404 Not Found", text, b"try /healthz, /readyz or /metrics\n"

@@ -74,6 +74,8 @@ class Lease:
         self._rng = rng or random.Random()
         self._seen: _Seen | None = None
         self._renewed_at: float | None = None
+        self.answered = False
+        """The API server has let us read the Lease at least once."""
 
     @property
     def held(self) -> bool:
@@ -126,6 +128,7 @@ class Lease:
         started = self._clock()
         try:
             live = await self._api.get(LEASE, self._options.namespace, self._options.name)
+            self.answered = True
             if live is None:
                 await self._api.create(LEASE, self._fresh())
             elif self._may_take(live):
@@ -133,7 +136,7 @@ class Lease:
             else:
                 return False
         except ApiError as error:
-            if error.status not in (409, 0):
+            if error.status != 409:  # somebody else was faster
                 logger.warning("Lease %s/%s: %s", self._options.namespace, self._options.name, error)
             return False
         self._renewed_at = started  # not when the answer came: a standby counts from when it was written

@@ -98,6 +98,8 @@ class OperatorOptions:
 
 def run_operator(options: OperatorOptions) -> int:
     """Run until SIGTERM or SIGINT; the process's exit status."""
+    for chatty in ("kopf.objects", "httpx"):  # a line for every event, and for every question to a router
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         return asyncio.run(_until_signal(options))
     except kubernetes_config.ConfigException as error:
@@ -141,14 +143,13 @@ class Operator:
             lease = Lease(lease_api, options.lease)
             api.fence = lease.fence
             resync = Resync(api, self.world, metrics, namespaces=options.watched, period_s=options.resync_s)
-            health = Health(resync.ages, watch_limit_s=3 * options.resync_s + 60)
+            health = Health(resync.ages, ready=lambda: lease.answered, watch_limit_s=3 * options.resync_s + 60)
             server = HealthServer(health, metrics.registry, host=options.metrics_host, port=options.metrics_port)
             self.port = server.port
             server.start()
             stack.callback(server.stop)
             beating = asyncio.create_task(health.keep_beating())
             stack.callback(beating.cancel)
-            health.ready = True
             metrics.leader.set(0)
             metrics.queue_depth.set_function(lambda: len(self.queue))
             if not await _first(stop, lease.acquire()):
@@ -176,7 +177,7 @@ class Operator:
         )
         reports = Reports(self.world, controller.routers_reported, eager_s=options.report_s)
         keeping = asyncio.create_task(lease.keep(), name="lease")
-        listing = asyncio.create_task(resync.first(), name="first listing")
+        listing = asyncio.create_task(_know(resync, reports), name="first listing")
         waiting = asyncio.create_task(stop.wait(), name="stop")
         tasks = [keeping, waiting]
         try:
@@ -198,6 +199,12 @@ class Operator:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(listing, *tasks, return_exceptions=True)
+
+
+async def _know(resync: Resync, reports: Reports) -> None:
+    """Learn the present state before anything is judged by it: all objects, and what the router replicas serve with."""
+    await resync.first()
+    await reports.poll()
 
 
 async def _supervise(

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from kvfleet_api import GROUP
-from kvfleet_operator.resources import CHILDREN, EVENT, LEASE, OWN, POD, PROFILE
+from kvfleet_operator.resources import CHILDREN, EVENT, LEASE, OWN, POD, POOL, PROFILE, ROUTER
 
-READ: Final = ("get", "list", "watch")
+WATCH: Final = ("list", "watch")
+READ: Final = ("get", *WATCH)
 MANAGE: Final = (*READ, "create", "patch", "delete")
 """Server-side apply is `patch`, and `create` where the object does not exist."""
 
@@ -34,14 +35,14 @@ class Rule:
 def cluster_rules(*, cluster_wide: bool) -> list[Rule]:
     """For a ClusterRole: always what is cluster-scoped, and with `cluster_wide` everything else of `namespaced_rules`."""
     profiles = [
-        Rule((GROUP,), (PROFILE.plural,), READ),
+        Rule((GROUP,), (PROFILE.plural,), WATCH),
         Rule((GROUP,), (f"{PROFILE.plural}/status",), ("patch",)),
     ]
     if not cluster_wide:
         return profiles
     return [
         *profiles,
-        Rule(("apiextensions.k8s.io",), ("customresourcedefinitions",), ("list", "watch")),
+        Rule(("apiextensions.k8s.io",), ("customresourcedefinitions",), WATCH),
         *namespaced_rules(),
     ]
 
@@ -49,16 +50,18 @@ def cluster_rules(*, cluster_wide: bool) -> list[Rule]:
 def namespaced_rules() -> list[Rule]:
     """For a Role in each watched namespace, or part of the ClusterRole."""
     own = tuple(resource.plural for resource in OWN if resource.namespaced)
+    owners = (POOL.plural, ROUTER.plural)
     groups: dict[str, list[str]] = {}
     for resource in CHILDREN:
         groups.setdefault(resource.group, []).append(resource.plural)
     return [
-        Rule((GROUP,), own, READ),
+        Rule((GROUP,), own, WATCH),
+        Rule((GROUP,), owners, ("get",)),  # does the owner still exist?
         Rule((GROUP,), tuple(f"{plural}/status" for plural in own), ("patch",)),
         # Where OwnerReferencesPermissionEnforcement is on, blocking an owner's deletion needs this.
-        Rule((GROUP,), tuple(f"{plural}/finalizers" for plural in own), ("update",)),
+        Rule((GROUP,), tuple(f"{plural}/finalizers" for plural in owners), ("update",)),
         *(Rule((group,), tuple(plurals), MANAGE) for group, plurals in groups.items()),
-        Rule((POD.group,), (POD.plural,), READ),
+        Rule((POD.group,), (POD.plural,), WATCH),
         Rule(("discovery.k8s.io",), ("endpointslices",), READ),
         Rule((EVENT.group,), (EVENT.plural,), ("create",)),
     ]

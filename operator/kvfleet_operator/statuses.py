@@ -69,7 +69,7 @@ class StatusWriter:
         event = {
             "apiVersion": EVENT.api_version,
             "kind": EVENT.kind,
-            "metadata": {"generateName": f"{metadata['name'][:40]}.", "namespace": namespace},
+            "metadata": {"generateName": f"{metadata['name'][:40].rstrip('-.')}-", "namespace": namespace},
             "eventTime": now.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
             "reportingController": f"kvfleet.io/{MANAGER}",
             "reportingInstance": self._instance[:128],

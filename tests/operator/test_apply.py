@@ -78,7 +78,14 @@ async def test_drift_in_our_fields_is_repaired_and_others_additions_stay(applier
 
 async def test_what_a_spec_no_longer_says_is_removed_from_the_child(applier, cluster, make, pool):
     def with_env(env):
-        return make.parse(cluster.put({**make.pool(replicas=2, engine={"env": env}), "metadata": {**make.pool()["metadata"], "uid": pool.metadata.uid}}))
+        return make.parse(
+            cluster.put(
+                {
+                    **make.pool(replicas=2, engine={"env": env}),
+                    "metadata": {**make.pool()["metadata"], "uid": pool.metadata.uid},
+                }
+            )
+        )
 
     await bring_about(applier, make, with_env([{"name": "A", "value": "1"}]))
     assert "A" in str(cluster.get(*DEPLOYMENT)["spec"])
@@ -138,7 +145,9 @@ async def test_nothing_is_created_for_an_owner_whose_end_was_not_yet_noticed(app
     if ending == "replaced":
         cluster.put(make.pool())
     if ending == "deleting":
-        cluster.edit("ModelPool", "llama", lambda found: found["metadata"].update(deletionTimestamp="2026-01-01T00:00:00Z"))
+        cluster.edit(
+            "ModelPool", "llama", lambda found: found["metadata"].update(deletionTimestamp="2026-01-01T00:00:00Z")
+        )
     with pytest.raises(OwnerGone):
         await bring_about(applier, make, pool)
     assert cluster.writes == []

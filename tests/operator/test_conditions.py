@@ -87,6 +87,6 @@ def test_events_tell_moved_statuses_and_first_bad_news():
 
 def test_no_event_for_what_is_no_news():
     assert news([("Ready", "True")], [("Ready", "True")]) == []
-    assert news([], [("Accepted", "True"), ("Ready", "False"), ("Conflicted", "False")]) == []
+    assert news([], [("Accepted", "True"), ("Ready", "False"), ("Available", "False"), ("Conflicted", "False")]) == []
     assert news([("Progressing", "False")], [("Progressing", "True")]) == []
     assert news([("Ready", "True")], [("Ready", "Unknown")]) == []

@@ -28,7 +28,10 @@ def test_an_object_as_applied_does_not_differ():
 
 def test_what_others_added_is_theirs():
     ours = {"template": {"containers": [{"name": "engine", "image": "i"}]}}
-    theirs = {"paused": False, "template": {"containers": [{"name": "sidecar"}, {"name": "engine", "image": "i", "tty": True}]}}
+    theirs = {
+        "paused": False,
+        "template": {"containers": [{"name": "sidecar"}, {"name": "engine", "image": "i", "tty": True}]},
+    }
     assert differs(ours, theirs) is None
 
 
@@ -39,7 +42,11 @@ def test_what_others_added_is_theirs():
         ({"replicas": 2}, {}, "spec.replicas"),
         ({"args": ["a", "b"]}, {"args": ["a"]}, "spec.args"),
         ({"args": ["a", "b"]}, {"args": ["a", "c"]}, "spec.args[1]"),
-        ({"containers": [{"name": "e", "image": "1"}]}, {"containers": [{"name": "e", "image": "2"}]}, "spec.containers[e].image"),
+        (
+            {"containers": [{"name": "e", "image": "1"}]},
+            {"containers": [{"name": "e", "image": "2"}]},
+            "spec.containers[e].image",
+        ),
         ({"containers": [{"name": "e"}]}, {"containers": []}, "spec.containers[e]"),
         ({"selector": {"a": "b"}}, {"selector": {"a": "b", "c": "d"}}, "spec.selector"),
         ({"subjects": [{"name": "us"}]}, {"subjects": [{"name": "us"}, {"name": "them"}]}, "spec.subjects"),
@@ -82,7 +89,9 @@ def test_replicas_are_not_part_of_the_hash():
 LEAVES = st.integers(1, 9) | st.text("xyz", min_size=1, max_size=3) | st.just(True)
 SPECS = st.recursive(
     st.dictionaries(st.sampled_from("abc"), LEAVES, min_size=1, max_size=3),
-    lambda inner: st.dictionaries(st.sampled_from("abc"), inner | st.lists(inner, min_size=1, max_size=2), min_size=1, max_size=2),
+    lambda inner: st.dictionaries(
+        st.sampled_from("abc"), inner | st.lists(inner, min_size=1, max_size=2), min_size=1, max_size=2
+    ),
     max_leaves=8,
 )
 
@@ -111,7 +120,10 @@ def test_changing_any_leaf_is_seen(spec, data):
 
 def test_the_owner_of_replicas_is_read_from_the_managed_fields():
     def live(*managers):
-        entries = [{"manager": name, "fieldsV1": {"f:spec": {"f:replicas": {}} if owns else {"f:x": {}}}} for name, owns in managers]
+        entries = [
+            {"manager": name, "fieldsV1": {"f:spec": {"f:replicas": {}} if owns else {"f:x": {}}}}
+            for name, owns in managers
+        ]
         return {"metadata": {"managedFields": entries}}
 
     assert not others_scale({"metadata": {}}, "us")

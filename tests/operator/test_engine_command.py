@@ -98,7 +98,9 @@ def test_the_profile_says_which_resource_a_pod_asks_for(make):
 def test_there_is_time_for_settling_draining_and_teardown(make):
     def grace(**spec):
         pool = make.parse(make.pool(**spec))
-        return build(pool, make.parse(make.profile()), None)["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+        return build(pool, make.parse(make.profile()), None)["spec"]["template"]["spec"][
+            "terminationGracePeriodSeconds"
+        ]
 
     assert grace(rollout={"drainSeconds": 100}) == engine.SETTLE_S + 100 + engine.TEARDOWN_S
     # Who wants vLLM to wait after SIGTERM as well gets the time for it.
@@ -198,11 +200,17 @@ def test_a_follower_stays_until_its_leader_is_gone(engine_metrics):
 
 
 def test_the_hook_is_a_shell_line_that_falls_back_to_waiting(make):
-    command = engine.container(make.parse(make.pool(rollout={"drainSeconds": 7})), "gpu")["lifecycle"]["preStop"]["exec"]["command"]
+    command = engine.container(make.parse(make.pool(rollout={"drainSeconds": 7})), "gpu")["lifecycle"]["preStop"][
+        "exec"
+    ]["command"]
     assert command[:2] == ["/bin/sh", "-c"]
     assert command[4:] == ["8000", "5", "7", "lead"]
     without_python = subprocess.run(
-        [*command[:3], command[3], "8000", "0", "0", "lead"], env={"PATH": "/nowhere"}, capture_output=True, timeout=10, check=False
+        [*command[:3], command[3], "8000", "0", "0", "lead"],
+        env={"PATH": "/nowhere"},
+        capture_output=True,
+        timeout=10,
+        check=False,
     )
     assert b"sleep" in without_python.stderr  # python3 was not found, so it went on to sleep
     compile(engine.DRAIN_SCRIPT, "drain", "exec")

@@ -25,8 +25,13 @@ def ages():
 
 
 @pytest.fixture
-def health(clock, ages):
-    return Health(lambda: ages, watch_limit_s=100, clock=clock)
+def answered():
+    return []
+
+
+@pytest.fixture
+def health(clock, ages, answered):
+    return Health(lambda: ages, ready=lambda: bool(answered), watch_limit_s=100, clock=clock)
 
 
 @pytest.fixture
@@ -59,9 +64,9 @@ def test_a_stalled_watch_of_the_leader_is_told(get, health, ages):
     assert (answer.status_code, answer.text) == (503, "the watch of ModelPool has been stale for 101 s\n")
 
 
-def test_ready_once_started(get, health):
+def test_ready_once_the_api_server_has_answered(get, answered):
     assert get("/readyz").status_code == 503
-    health.ready = True
+    answered.append(True)
     assert get("/readyz").status_code == 200
 
 

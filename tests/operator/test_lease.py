@@ -137,7 +137,9 @@ async def test_keeping_survives_failures_shorter_than_the_deadline(candidate, cl
     outage = cluster[f"get {PATH}"][:3] << 503
     keeping = asyncio.create_task(lease.keep())
     time.now += 9
-    await cluster.until(lambda: cluster.get("Lease", "op")["spec"].get("leaseTransitions") == 0 and len(cluster["put"]) >= 2)
+    await cluster.until(
+        lambda: cluster.get("Lease", "op")["spec"].get("leaseTransitions") == 0 and len(cluster["put"]) >= 2
+    )
     assert outage and lease.held and not keeping.done()
     keeping.cancel()
 

@@ -187,7 +187,11 @@ def as_stored(manifest):
 @given(SPECS, st.booleans())
 def test_reconciling_what_was_just_applied_writes_nothing(spec, with_profile):
     base = {"model": {"name": "llama-8b"}, "accelerator": {"profileRef": "h100"}}
-    manifest = {"kind": "ModelPool", "metadata": {"name": "llama", "namespace": "default", **UID}, "spec": {**base, **spec}}
+    manifest = {
+        "kind": "ModelPool",
+        "metadata": {"name": "llama", "namespace": "default", **UID},
+        "spec": {**base, **spec},
+    }
     pool = KINDS["ModelPool"].model_validate(manifest)
     given = modelpool.PoolInput(pool, PROFILE if with_profile else None)
     first = modelpool.children(given)
@@ -198,7 +202,9 @@ def test_reconciling_what_was_just_applied_writes_nothing(spec, with_profile):
 
     status = modelpool.status(given, Applied([], live), "2026-01-01T00:00:00Z")
     reported = KINDS["ModelPool"].model_validate({**manifest, "status": status})
-    later = modelpool.status(modelpool.PoolInput(reported, given.profile, (), live), Applied([], live), "2027-01-01T00:00:00Z")
+    later = modelpool.status(
+        modelpool.PoolInput(reported, given.profile, (), live), Applied([], live), "2027-01-01T00:00:00Z"
+    )
     assert changes(status, later) == {}
 
 

@@ -1,32 +1,14 @@
 """The whole operator, kopf included, against an API server: what a cluster's user sees."""
 
 import asyncio
-import contextlib
 import copy
 
-import kmock
 import pytest
+from operator_running import poll, ready, reason, replica, rounds, running, settled_pool, watching
 
-from kvfleet_operator.main import Operator, OperatorOptions
+from kvfleet_operator.main import Operator, OperatorOptions, run_operator
 from kvfleet_operator.reconcile.dependents import KINDS
-from kvfleet_operator.resources import BY_KIND, WATCHED
-
-
-@contextlib.asynccontextmanager
-async def running(login, **options):
-    """An operator that leads and knows the world, stopped in an orderly way in the end."""
-    values = {"lease_namespace": "default", "debounce_s": 0.005, "metrics_host": "127.0.0.1", "metrics_port": 0, "report_s": 0.05}
-    operator = Operator(OperatorOptions(**{**values, **options}), login)
-    stop = asyncio.Event()
-    task = asyncio.create_task(operator.run(stop))
-    try:
-        await asyncio.wait({task, started := asyncio.create_task(operator.started.wait())}, return_when="FIRST_COMPLETED")
-        started.cancel()
-        assert not task.done(), task.result()
-        yield operator
-    finally:
-        stop.set()
-        operator.code = await asyncio.wait_for(task, 20)
+from kvfleet_operator.resources import BY_KIND
 
 
 @pytest.fixture
@@ -35,34 +17,20 @@ async def operator(cluster, login):
         yield found
 
 
-def ready(cluster, kind, name):
-    condition = cluster.conditions(kind, name).get("Ready", {})
-    return condition.get("status") == "True" and condition["observedGeneration"] == cluster.get(kind, name)["metadata"]["generation"]
-
-
-def reason(cluster, kind, name, type_):
-    return cluster.conditions(kind, name).get(type_, {}).get("reason")
-
-
-async def settled_pool(operator, cluster, make, **spec):
-    """A pool with its profile, rolled out and ready."""
-    cluster.put(make.profile())
-    cluster.put(make.pool(replicas=2, **spec))
-    await cluster.until(lambda: cluster.get("Deployment", "llama-workers"))
-    cluster.roll_out("llama-workers")
-    await cluster.until(lambda: ready(cluster, "ModelPool", "llama"))
-
-
 async def test_a_pool_becomes_objects_and_its_status_follows_them(operator, cluster, make):
     cluster.put(make.profile())
     cluster.put(make.pool(replicas=2))
-    await cluster.until(lambda: all(cluster.get(kind, "llama-workers") for kind in ("Service", "PodDisruptionBudget", "Deployment")))
+    await cluster.until(
+        lambda: all(cluster.get(kind, "llama-workers") for kind in ("Service", "PodDisruptionBudget", "Deployment"))
+    )
     await cluster.until(lambda: reason(cluster, "ModelPool", "llama", "Ready") == "RollingOut")
     cluster.roll_out("llama-workers", ready=1)
     await cluster.until(lambda: cluster.get("ModelPool", "llama")["status"].get("readyReplicas") == 1)
     cluster.roll_out("llama-workers")
     await cluster.until(lambda: ready(cluster, "ModelPool", "llama"))
-    await cluster.until(lambda: cluster.get("AcceleratorProfile", "h100").get("status", {}).get("pools") == ["default/llama"])
+    await cluster.until(
+        lambda: cluster.get("AcceleratorProfile", "h100").get("status", {}).get("pools") == ["default/llama"]
+    )
     await cluster.until(lambda: any(event["note"].startswith("Ready=True") for event in cluster.all("Event")))
 
 
@@ -82,30 +50,6 @@ async def test_once_settled_a_resync_writes_nothing(cluster, login, make):
     assert operator.code == 0
 
 
-async def rounds(cluster, count):
-    """Wait for `count` more rounds of listings, each followed by a look at every object."""
-    path = "get /api/v1/services"
-    before = len(cluster[path])
-    await poll(lambda: len(cluster[path]) >= before + count)
-
-
-async def watching(cluster):
-    """Wait until all watches are open."""
-    watched = {resource.plural for resource in WATCHED}
-
-    def opened():
-        return {request.resource.plural for request in cluster[kmock.action.WATCH] if request.resource}
-
-    await poll(lambda: watched <= opened())
-
-
-async def poll(check):
-    """For what no stored object tells: look again whenever the loop has turned a little."""
-    async with asyncio.timeout(20):
-        while not check():  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
-
-
 async def test_drift_is_repaired(operator, cluster, make):
     await settled_pool(operator, cluster, make)
     cluster.edit("Deployment", "llama-workers", lambda found: found["spec"].update(replicas=7))
@@ -116,7 +60,9 @@ async def test_a_deleted_child_comes_back(operator, cluster, make):
     await settled_pool(operator, cluster, make)
     old = cluster.get("Service", "llama-workers")["metadata"]["uid"]
     cluster.remove("Service", "llama-workers")
-    await cluster.until(lambda: (cluster.get("Service", "llama-workers") or {"metadata": {"uid": old}})["metadata"]["uid"] != old)
+    await cluster.until(
+        lambda: (cluster.get("Service", "llama-workers") or {"metadata": {"uid": old}})["metadata"]["uid"] != old
+    )
 
 
 async def test_a_deleted_pool_is_left_to_the_garbage_collector(operator, cluster, make):
@@ -137,7 +83,9 @@ async def test_a_missing_reference_heals_when_it_appears(operator, cluster, make
     assert cluster.get("Deployment", "llama-workers") is None
     cluster.put(make.profile())
     cluster.put(make.pool("later"))
-    await cluster.until(lambda: cluster.get("Deployment", "llama-workers") and cluster.get("Deployment", "later-workers"))
+    await cluster.until(
+        lambda: cluster.get("Deployment", "llama-workers") and cluster.get("Deployment", "later-workers")
+    )
     await cluster.until(lambda: reason(cluster, "ModelPool", "llama", "ResolvedRefs") == "ResolvedRefs")
     await cluster.until(lambda: reason(cluster, "RoutingPolicy", "policy", "ResolvedRefs") == "ResolvedRefs")
 
@@ -156,7 +104,12 @@ async def test_an_object_the_schema_let_through_gets_a_condition_and_no_retries(
 
 
 async def test_a_foreign_object_is_left_alone_until_it_is_out_of_the_way(operator, cluster, make):
-    theirs = {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "llama-workers"}, "spec": {"replicas": 1}}
+    theirs = {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": "llama-workers"},
+        "spec": {"replicas": 1},
+    }
     before = copy.deepcopy(cluster.put(theirs))
     cluster.put(make.profile())
     cluster.put(make.pool(replicas=2))
@@ -170,7 +123,9 @@ async def test_a_foreign_object_is_left_alone_until_it_is_out_of_the_way(operato
 async def test_one_node_more_turns_the_deployment_into_a_leader_worker_set(operator, cluster, make):
     await settled_pool(operator, cluster, make)
     cluster.edit("ModelPool", "llama", lambda found: found["spec"].update(parallelism={"tensor": 8, "nodes": 2}))
-    await cluster.until(lambda: cluster.get("LeaderWorkerSet", "llama-lws") and not cluster.get("Deployment", "llama-workers"))
+    await cluster.until(
+        lambda: cluster.get("LeaderWorkerSet", "llama-lws") and not cluster.get("Deployment", "llama-workers")
+    )
 
 
 async def test_an_autoscaled_pool_keeps_what_the_scaler_wrote(operator, cluster, make):
@@ -199,7 +154,9 @@ async def test_policies_are_programmed_when_the_replicas_say_so(cluster, login, 
         await cluster.until(lambda: reason(cluster, "RoutingPolicy", "policy", "Programmed") == "NoRouterReady")
         async with replica(unused_tcp_port, lambda: cluster.get("FleetRouter", "router")["status"]["revision"]):
             cluster.put(make.router_pod())
-            await cluster.until(lambda: ready(cluster, "RoutingPolicy", "policy") and ready(cluster, "FleetRouter", "router"))
+            await cluster.until(
+                lambda: ready(cluster, "RoutingPolicy", "policy") and ready(cluster, "FleetRouter", "router")
+            )
             old = cluster.get("FleetRouter", "router")["status"]["revision"]
             pods = cluster.get("Deployment", "router")["spec"]["template"]
             cluster.edit("RoutingPolicy", "policy", lambda found: found["spec"].update(slo={"ttftMilliseconds": 5}))
@@ -210,20 +167,24 @@ async def test_policies_are_programmed_when_the_replicas_say_so(cluster, login, 
         assert by["pod"] == "router-0" and by["revision"] != old
 
 
-@contextlib.asynccontextmanager
-async def replica(port, revision):
-    """A router replica's admin port that serves with `revision()`."""
-
-    async def serve(reader, writer):
-        await reader.readuntil(b"\r\n\r\n")
-        body = f'kvfleet_router_config_info{{revision="{revision()}"}} 1\n'.encode()
-        writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
-        await writer.drain()
-        writer.close()
-
-    server = await asyncio.start_server(serve, "127.0.0.1", port)
-    async with server:
-        yield
+async def test_a_restart_in_a_settled_cluster_writes_nothing_but_the_lease(cluster, login, make, unused_tcp_port):
+    async with replica(unused_tcp_port, lambda: cluster.get("FleetRouter", "router")["status"]["revision"]):
+        async with running(login) as operator:
+            await settled_pool(operator, cluster, make)
+            cluster.put(make.policy())
+            cluster.put(make.router(adminPort=unused_tcp_port))
+            cluster.put(make.router_pod())
+            await cluster.until(lambda: cluster.get("Deployment", "router"))
+            cluster.roll_out("router")
+            await cluster.until(
+                lambda: ready(cluster, "RoutingPolicy", "policy") and ready(cluster, "FleetRouter", "router")
+            )
+            await poll(lambda: operator.queue.idle)
+        cluster.writes.clear()
+        async with running(login, resync_s=0.1) as operator:
+            await rounds(cluster, 2)
+            await poll(lambda: operator.queue.idle)
+    assert {write[1] for write in cluster.writes} == {"leases"}
 
 
 async def test_failures_of_the_api_server_are_overcome(operator, cluster, make):
@@ -257,17 +218,25 @@ async def test_in_fixed_namespaces_nothing_else_is_looked_at(cluster, login, mak
         await cluster.until(lambda: cluster.get("Deployment", "own-workers", "team"))
         assert cluster.get("Deployment", "llama-workers") is None
     namespaced = {resource.plural for resource in BY_KIND.values() if resource.namespaced}
-    asked = {request.namespace for request in cluster["get"] if request.resource and request.resource.plural in namespaced}
+    asked = {
+        request.namespace for request in cluster["get"] if request.resource and request.resource.plural in namespaced
+    }
     assert asked <= {"team", "default"}  # the Lease is in default
 
 
 async def test_a_standby_takes_over_when_the_leader_goes(cluster, login, make):
     times = {"lease_duration_s": 1.5, "lease_deadline_s": 1.0, "lease_retry_s": 0.1}
     stop = asyncio.Event()
-    second = Operator(OperatorOptions(lease_namespace="default", identity="second", metrics_host="127.0.0.1", metrics_port=0, **times), login)
+    second = Operator(
+        OperatorOptions(
+            lease_namespace="default", identity="second", metrics_host="127.0.0.1", metrics_port=0, **times
+        ),
+        login,
+    )
     async with running(login, identity="first", **times):
         waiting = asyncio.create_task(second.run(stop))
-        await poll(lambda: len([r for r in cluster["get /apis/coordination.k8s.io/v1/namespaces/default/leases/kvfleet-operator"]]) > 4)
+        lease = "get /apis/coordination.k8s.io/v1/namespaces/default/leases/kvfleet-operator"
+        await poll(lambda: len(cluster[lease]) > 4)
         assert not second.started.is_set()
         assert cluster.get("Lease", "kvfleet-operator")["spec"]["holderIdentity"] == "first"
     await asyncio.wait_for(second.started.wait(), 10)
@@ -279,9 +248,34 @@ async def test_a_standby_takes_over_when_the_leader_goes(cluster, login, make):
     assert await asyncio.wait_for(waiting, 20) == 0
 
 
+async def test_a_standby_can_be_stopped_while_it_waits(cluster, login):
+    async with running(login):
+        options = OperatorOptions(
+            lease_namespace="default", metrics_host="127.0.0.1", metrics_port=0, lease_retry_s=0.05
+        )
+        standby, stop = Operator(options, login), asyncio.Event()
+        task = asyncio.create_task(standby.run(stop))
+        await poll(lambda: standby.metrics.registry.get_sample_value("kvfleet_operator_leader") == 0)
+        stop.set()
+        assert await asyncio.wait_for(task, 10) == 0
+        assert not standby.started.is_set()
+
+
+def test_a_process_without_credentials_says_so_and_ends(caplog, tmp_path):
+    assert run_operator(OperatorOptions(kubeconfig=str(tmp_path / "none"), metrics_port=0)) == 1
+    assert "no credentials for a cluster" in caplog.text and "--kubeconfig" in caplog.text
+
+
+def test_options_that_cannot_work_are_refused():
+    with pytest.raises(ValueError, match="workers at least 1"):
+        OperatorOptions(workers=0)
+
+
 async def test_a_leader_that_lost_its_lease_writes_nothing_more_and_ends(cluster, login, make):
     times = {"lease_duration_s": 1.5, "lease_deadline_s": 1.0, "lease_retry_s": 0.05}
-    options = OperatorOptions(lease_namespace="default", metrics_host="127.0.0.1", metrics_port=0, debounce_s=0.005, **times)
+    options = OperatorOptions(
+        lease_namespace="default", metrics_host="127.0.0.1", metrics_port=0, debounce_s=0.005, **times
+    )
     operator = Operator(options, login)
     task = asyncio.create_task(operator.run(asyncio.Event()))
     await asyncio.wait_for(operator.started.wait(), 10)

@@ -32,7 +32,9 @@ def container(patch):
 
 
 def test_containers_merge_by_name_and_new_ones_come_last():
-    merged = merge(BASE, {"spec": {"containers": [{"name": "sidecar", "image": "s"}, {"name": "engine", "image": "e"}]}})
+    merged = merge(
+        BASE, {"spec": {"containers": [{"name": "sidecar", "image": "s"}, {"name": "engine", "image": "e"}]}}
+    )
     first, second = merged["spec"]["containers"]
     assert (first["name"], first["image"], first["args"]) == ("engine", "e", ["--a", "1"])
     assert second == {"name": "sidecar", "image": "s"}
@@ -67,7 +69,9 @@ def test_null_deletes_a_key_and_the_directive_an_item():
 
 
 def test_ports_and_mounts_merge_by_their_keys():
-    merged = container({"ports": [{"containerPort": 8000, "hostPort": 1}], "volumeMounts": [{"name": "x", "mountPath": "/cache"}]})
+    merged = container(
+        {"ports": [{"containerPort": 8000, "hostPort": 1}], "volumeMounts": [{"name": "x", "mountPath": "/cache"}]}
+    )
     assert merged["ports"] == [{"name": "http", "containerPort": 8000, "hostPort": 1}]
     assert merged["volumeMounts"] == [{"name": "x", "mountPath": "/cache"}]
 
@@ -76,11 +80,20 @@ def test_ports_and_mounts_merge_by_their_keys():
     ("patch", "field"),
     [
         ({"spec": "text"}, "podTemplate.spec: must be a mapping"),
-        ({"spec": {"containers": {"name": "engine"}}}, "podTemplate.spec.containers: is a mapping here but must be a list"),
+        (
+            {"spec": {"containers": {"name": "engine"}}},
+            "podTemplate.spec.containers: is a mapping here but must be a list",
+        ),
         ({"spec": {"containers": "engine"}}, "podTemplate.spec.containers: must be a list"),
         ({"spec": {"containers": ["engine"]}}, r"podTemplate.spec.containers\[0\]: must be a mapping with `name`"),
-        ({"spec": {"containers": [{"image": "x"}]}}, r"podTemplate.spec.containers\[0\]: must be a mapping with `name`"),
-        ({"metadata": {"labels": {"app": {"a": 1}}}}, "podTemplate.metadata.labels.app: is a mapping here but must be a string"),
+        (
+            {"spec": {"containers": [{"image": "x"}]}},
+            r"podTemplate.spec.containers\[0\]: must be a mapping with `name`",
+        ),
+        (
+            {"metadata": {"labels": {"app": {"a": 1}}}},
+            "podTemplate.metadata.labels.app: is a mapping here but must be a string",
+        ),
     ],
 )
 def test_a_misfit_is_named_with_its_field(patch, field):
@@ -101,7 +114,9 @@ def test_the_template_itself_cannot_be_deleted(patch):
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-5, 5) | st.text("ab", max_size=3),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["spec", "env", "name", "a"]), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["spec", "env", "name", "a"]), inner, max_size=3)
+    ),
     max_leaves=12,
 )
 

@@ -78,7 +78,9 @@ async def test_only_what_we_made_is_listed_of_shared_kinds(resync, world, cluste
     assert world.keys("Pod") == [Key("Pod", "default", "router-0")]
 
 
-async def test_a_change_the_watch_did_not_deliver_is_taken_over_and_counted(resync, world, cluster, metrics, make, clock):
+async def test_a_change_the_watch_did_not_deliver_is_taken_over_and_counted(
+    resync, world, cluster, metrics, make, clock
+):
     cluster.put(make.pool(replicas=1))
     await resync.first()
     cluster.edit("ModelPool", "llama", lambda found: found["spec"].update(replicas=5))
@@ -143,7 +145,9 @@ async def test_a_resync_goes_on_after_the_api_server_was_away(api, world, cluste
 @pytest.fixture
 def fleet(world, make):
     """A router with two ready replicas, in the world; its wanted revision."""
-    for version, manifest in enumerate([make.router(), make.router_pod("a", "10.0.0.1"), make.router_pod("b", "fd00::1")]):
+    for version, manifest in enumerate(
+        [make.router(), make.router_pod("a", "10.0.0.1"), make.router_pod("b", "fd00::1")]
+    ):
         manifest["metadata"] |= {"uid": manifest["metadata"]["name"], "resourceVersion": str(version + 1)}
         world.put(manifest)
     router = make.parse(make.router())
@@ -197,8 +201,8 @@ async def test_only_who_is_behind_is_asked_eagerly(reports, fleet, clock):
     [
         (500, "x"),
         (404, info("abc")[1]),
-        (200, "kvfleet_router_config_info{revision=\"abc\"} 0\n"),
-        (200, "kvfleet_router_config_info{revision=\"not hex\"} 1\n"),
+        (200, 'kvfleet_router_config_info{revision="abc"} 0\n'),
+        (200, 'kvfleet_router_config_info{revision="not hex"} 1\n'),
         (200, "x" * (MAX_BYTES + 1) + info("abc")[1]),
         (200, "\xff\x00"),
     ],

@@ -119,7 +119,10 @@ def test_the_config_map_holds_the_compiled_fleet_and_no_pod_depends_on_it(make):
         return {child["kind"]: child for child in fleetrouter.children(given).objects}
 
     one, two = objects(["llama"]), objects(["llama", "mistral"])
-    assert [pool["name"] for pool in json.loads(two["ConfigMap"]["data"]["fleet.json"])["pools"]] == ["llama", "mistral"]
+    assert [pool["name"] for pool in json.loads(two["ConfigMap"]["data"]["fleet.json"])["pools"]] == [
+        "llama",
+        "mistral",
+    ]
     assert one["ConfigMap"] != two["ConfigMap"]
     assert one["Deployment"] == two["Deployment"]  # so nothing restarts
 
@@ -157,7 +160,9 @@ def test_a_routers_misfit_pod_template_leaves_the_running_one_alone(make):
 
 
 def test_a_profile_lists_the_pools_that_refer_to_it(make):
-    pools = [make.parse(make.pool(name, profile=profile)) for name, profile in (("b", "h100"), ("a", "h100"), ("c", "a100"))]
+    pools = [
+        make.parse(make.pool(name, profile=profile)) for name, profile in (("b", "h100"), ("a", "h100"), ("c", "a100"))
+    ]
     status = acceleratorprofile.status(make.parse(make.profile()), pools, None, NOW)
     assert status["pools"] == ["default/a", "default/b"]
     assert {c["type"]: c["status"] for c in status["conditions"]} == {"Accepted": "True", "Ready": "True"}

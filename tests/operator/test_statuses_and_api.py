@@ -119,9 +119,15 @@ async def test_a_kind_the_cluster_lacks_is_none_and_an_absent_object_too(api, cl
     assert await api.get(POOL, "default", "x") is None
 
 
-@pytest.mark.parametrize(("status", "permanent"), [(400, True), (403, True), (422, True), (409, False), (429, False), (500, False)])
+@pytest.mark.parametrize(
+    ("status", "permanent"), [(400, True), (403, True), (422, True), (409, False), (429, False), (500, False)]
+)
 async def test_errors_carry_status_and_the_servers_words(api, cluster, status, permanent):
-    cluster["get /apis/kvfleet.io/v1alpha1/namespaces/default/modelpools/x"] << status << {"reason": "Why", "message": "because"}
+    (
+        cluster["get /apis/kvfleet.io/v1alpha1/namespaces/default/modelpools/x"]
+        << status
+        << {"reason": "Why", "message": "because"}
+    )
     with pytest.raises(ApiError, match="because") as raised:
         await api.get(POOL, "default", "x")
     assert (raised.value.status, raised.value.reason, raised.value.permanent) == (status, "Why", permanent)
@@ -149,7 +155,11 @@ async def test_no_write_leaves_a_process_that_may_not_lead(api, cluster, make):
 
     api.fence = fence
     await api.get(POOL, "default", "x")
-    child = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "s", "namespace": "default", "uid": "u", "resourceVersion": "1"}}
+    child = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": "s", "namespace": "default", "uid": "u", "resourceVersion": "1"},
+    }
     for write in (
         api.apply(child, force=True),
         api.create(LEASE, child),

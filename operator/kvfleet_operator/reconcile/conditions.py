@@ -16,8 +16,10 @@ Status = Literal["True", "False", "Unknown"]
 
 MAX_MESSAGE: Final = 4096
 """Longer messages help nobody and every status write carries them."""
-QUIET_WHEN_TRUE: Final = frozenset({"Progressing"})
+QUIET: Final = frozenset({"Progressing"})
 """Types whose change in either direction is ordinary."""
+NEWS_AT_ONCE: Final = frozenset({"Accepted", "ResolvedRefs", "Conflicted"})
+"""Types whose first status is news when it is bad. That a new object is not ready yet is none."""
 BAD_WHEN_TRUE: Final = frozenset({"Conflicted"})
 """Types that state a problem when True."""
 
@@ -82,10 +84,10 @@ def transitions(previous: Sequence[Condition], current: Sequence[Condition]) -> 
     for condition in current:
         old = before.get(condition.type)
         bad = condition.status == ("True" if condition.type in BAD_WHEN_TRUE else "False")
-        if condition.type in QUIET_WHEN_TRUE or old == condition.status:
+        if condition.type in QUIET or old == condition.status:
             continue
-        if old is None and (not bad or condition.type == "Ready"):
-            continue  # a new object is not ready yet: no news
+        if old is None and not (bad and condition.type in NEWS_AT_ONCE):
+            continue
         if condition.status != "Unknown":
             found.append(Transition(condition, warning=bad))
     return found
