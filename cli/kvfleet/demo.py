@@ -199,10 +199,11 @@ def _change(before: float, after: float, better: int) -> str:
     return f"[{colour}]{percent:+.0f} %[/{colour}]"
 
 
-def write_json(results: Sequence[PolicyResult], path: Path, *, trace: str, speed: float) -> None:
+def write_json(results: Sequence[PolicyResult], path: Path, *, trace: str, rate: float, speed: float) -> None:
     """The same figures for programs."""
     document = {
         "trace": trace,
+        "rate": rate,
         "speed": speed,
         "policies": {
             result.policy: {

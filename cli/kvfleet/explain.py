@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 NEGLIGIBLE_SHARE = 0.005
@@ -37,28 +36,26 @@ def _headline(decision: Mapping[str, Any]) -> Text:
     return text
 
 
-def _candidates(made: Mapping[str, Any]) -> Table:
-    """One row a candidate, cheapest first; one column for each part that mattered."""
+def _candidates(made: Mapping[str, Any]) -> Text:
+    """One line a candidate, cheapest first: its cost as the sum of the parts that mattered."""
     candidates = made["candidates"]
     dearest = max((abs(candidate["cost"]) for candidate in candidates), default=0.0)
-    names = [
-        name
-        for name in (candidates[0]["parts"] if candidates else {})
-        if any(abs(candidate["parts"][name]) > NEGLIGIBLE_SHARE * dearest for candidate in candidates)
-    ]
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("  candidate")
-    table.add_column("cached tokens", justify="right")
-    for name in [*names, "cost"]:
-        table.add_column(name.replace("_", " "), justify="right")
+    text = Text()
     for candidate in candidates:
         chosen = candidate["worker"] == made["worker"]
-        parts = [_number(candidate["parts"][name]) for name in names]
-        cells = [f"{candidate['cached_tokens']:,}", *parts, _number(candidate["cost"])]
-        table.add_row(f"{'→' if chosen else ' '} {candidate['worker']}", *cells, style="bold" if chosen else "")
+        parts = [
+            f"{name.replace('_', ' ')} {_number(value)}"
+            for name, value in candidate["parts"].items()
+            if abs(value) > NEGLIGIBLE_SHARE * dearest
+        ]
+        line = f"  {'→' if chosen else ' '} {candidate['worker']}: cost {_number(candidate['cost'])}"
+        line += f" = {' + '.join(parts)}" if parts else ""
+        line += f"; {candidate['cached_tokens']:,} tokens cached" if candidate["cached_tokens"] else ""
+        text.append(line + "\n", style="bold" if chosen else "dim")
     if made["candidate_count"] > len(candidates):
-        table.add_row(f"  … {made['candidate_count'] - len(candidates)} more", style="dim")
-    return table
+        text.append(f"    … {made['candidate_count'] - len(candidates)} more\n", style="dim")
+    text.rstrip()
+    return text
 
 
 def _outcome(decision: Mapping[str, Any]) -> Text:

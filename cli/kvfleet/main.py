@@ -19,6 +19,7 @@ from kvfleet import __version__
 if TYPE_CHECKING:
     from kvfleet_api.fleetconfig import FleetConfig
     from kvfleet_api.manifests import Manifests
+    from kvfleet_router.io.config_source import ConfigSource
 
 app = typer.Typer(
     name="kvfleet",
@@ -84,11 +85,14 @@ def quickstart_directory() -> Path:
 def demo(
     directory: Annotated[Path | None, typer.Option("-f", "--filename", help="Manifests of the fleet.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Trace to replay (Mooncake, LMCache or Azure format).")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=100_000, help="Requests of the trace to replay.")] = 400,
+    limit: Annotated[int, typer.Option(min=1, max=100_000, help="Requests of the trace to replay.")] = 300,
     policy: Annotated[
         list[str] | None, typer.Option(help="Policies to compare, in order. Default: round_robin, kvfleet.")
     ] = None,
-    speed: Annotated[float, typer.Option(min=0.1, max=100, help="Seconds of the trace per real second.")] = 4.0,
+    rate: Annotated[
+        float, typer.Option(min=0.01, max=100, help="Arrivals at this multiple of the trace's rate.")
+    ] = 0.6,
+    speed: Annotated[float, typer.Option(min=0.1, max=100, help="Seconds of the fleet per real second.")] = 5.0,
     json: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
     logs: Annotated[Path | None, typer.Option(help="Keep the processes' logs in this directory.")] = None,
 ) -> None:
@@ -102,11 +106,11 @@ def demo(
     from kvfleet import demo as demo_module
     from kvfleet.local import LocalFleetError
     from kvfleet_api.manifests import with_bundled
-    from kvfleet_sim.traces import TraceError, read_trace
+    from kvfleet_sim.traces import TraceError, at_rate, read_trace
 
     console = Console()
     directory = directory or quickstart_directory()
-    trace = trace or directory.parent / "traces" / "mooncake_synthetic_400.jsonl"
+    trace = trace or directory.parent / "traces" / "mooncake_synthetic_300.jsonl"
     policies = policy or ["round_robin", "kvfleet"]
     _check_strategies(policies)
     if json is not None and not json.parent.is_dir():
@@ -116,13 +120,14 @@ def demo(
     if not manifests.routers:
         raise UsageError(f"{directory}: no FleetRouter among the manifests: add one (kind: FleetRouter)")
     try:
-        rows = read_trace(trace, limit=limit)
+        rows = at_rate(read_trace(trace, limit=limit), rate)
     except TraceError as error:
         raise UsageError(str(error)) from error
     model = manifests.pools[0].spec.model.name
     span_s = rows[-1].arrival_s - rows[0].arrival_s
     console.print(
-        f"[bold]{len(rows)} requests[/bold] of {trace.name} ({span_s:.0f} s, here {speed:g}x faster) against the fleet of {directory}"
+        f"[bold]{len(rows)} requests[/bold] of {trace.name}: {span_s:.0f} s at {rate:g}x the trace's rate, "
+        f"{speed:g}x faster than real; fleet: {', '.join(f'{p.metadata.name} ({p.spec.replicas})' for p in manifests.pools)}"
     )
     try:
         results = asyncio.run(
@@ -143,7 +148,7 @@ def demo(
         raise KeyboardInterrupt from None
     demo_module.print_results(results, console)
     if json is not None:
-        demo_module.write_json(results, json, trace=trace.name, speed=speed)
+        demo_module.write_json(results, json, trace=trace.name, rate=rate, speed=speed)
     failed = [outcome for result in results for outcome in result.outcomes if not outcome.ok]
     if failed:
         console.print(f"[red]{len(failed)} requests failed[/red], the first: {_escaped(failed[0].error)}")
@@ -155,13 +160,30 @@ def router(
     filename: Annotated[
         list[Path] | None, typer.Option("-f", "--filename", help="Manifests: file or directory.")
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="Compiled FleetConfig (JSON), reloaded when it changes.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="Compiled FleetConfig (JSON), reloaded when it changes. With --kubernetes: used while the ConfigMap cannot be read at the start."
+        ),
+    ] = None,
     workers: Annotated[
         list[str] | None,
         typer.Option(help="Workers: `URL,URL,…` without manifests; `POOL=URL,URL` (repeat) with -f."),
     ] = None,
     strategy: Annotated[str | None, typer.Option(help="Policy; with -f it replaces every policy's strategy.")] = None,
-    kubernetes: Annotated[bool, typer.Option(help="Watch the workers' EndpointSlices (inside a cluster).")] = False,
+    kubernetes: Annotated[
+        bool,
+        typer.Option(
+            "--kubernetes",
+            help="Inside a cluster: watch the ConfigMap of --config-map and the workers' EndpointSlices.",
+        ),
+    ] = False,
+    config_map: Annotated[
+        str, typer.Option(envvar="KVFLEET_CONFIG_MAP", help="NAMESPACE/NAME of the ConfigMap with the FleetConfig.")
+    ] = "",
+    kubeconfig: Annotated[
+        Path | None, typer.Option(help="As --kubernetes, but the API server and credentials of this file.")
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "0.0.0.0",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port for clients.")] = 8080,
     admin_host: Annotated[str | None, typer.Option(help="Address of the admin port. Default: --host.")] = None,
@@ -171,7 +193,8 @@ def router(
 ) -> None:
     """Serve the OpenAI API in front of a fleet of vLLM workers.
 
-    The fleet comes from manifests (-f), from a compiled FleetConfig (--config), or is just a list of workers.
+    The fleet comes from manifests (-f), from a compiled FleetConfig (--config), from a cluster (--kubernetes), or is just a
+    list of workers.
 
     Examples: `kvfleet router --port 8080 --workers http://10.0.0.1:8000,http://10.0.0.2:8000` · `kvfleet router -f manifests/ --workers my-pool=http://10.0.0.1:8000` · `kvfleet router --workers http://127.0.0.1:8000 --strategy least_request`
     """
@@ -179,15 +202,23 @@ def router(
 
     from kvfleet import fleet
     from kvfleet_api.compile import static_fleet
+    from kvfleet_api.fleetconfig import FleetConfig
     from kvfleet_router.app import run_router
 
     logging.basicConfig(level=_log_level(log_level), format=LOG_FORMAT)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for every request
+    in_cluster = kubernetes or kubeconfig is not None
+    if in_cluster and (filename or workers):
+        raise UsageError("--kubernetes: pools and workers are read from the cluster: leave -f and --workers out")
     if filename and config is not None:
         raise UsageError("-f and --config exclude each other: the FleetConfig is compiled from the manifests")
-    if not filename and config is None and not workers:
-        raise UsageError("no fleet: give -f MANIFESTS, --config FILE or --workers URL,URL,…")
+    if not (filename or config or workers or in_cluster):
+        raise UsageError("no fleet: give -f MANIFESTS, --config FILE, --kubernetes or --workers URL,URL,…")
+    source = _kubernetes_source(kubeconfig, config_map, config, strategy) if in_cluster else None
     try:
-        if filename:
+        if in_cluster:
+            fleet_config = FleetConfig(pools=[], policies=[])
+        elif filename:
             fleet_config = fleet.with_workers(_compile(_load(filename)), workers or [])
         elif config is not None:
             fleet_config = _read_config(config)
@@ -208,6 +239,7 @@ def router(
         admin_port=admin_port,
         speed=speed,
         config_path=config,
+        source=source,
     )
     raise typer.Exit(code)
 
@@ -258,6 +290,84 @@ def operator(
     if lease_namespace is not None:
         options = dataclasses.replace(options, lease_namespace=lease_namespace)
     raise typer.Exit(run_operator(options))
+
+
+@app.command()
+def simulate(
+    filename: Files,
+    trace: Annotated[str, typer.Option(help="Trace file (Mooncake, LMCache or Azure format), or `shared-prefix`.")],
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Policies to compare: strategies, `kvfleet:energy`, or `manifests` (as they are). Default: least_request, lmetric, kvfleet."
+        ),
+    ] = None,
+    load: Annotated[
+        list[float] | None, typer.Option(help="Share of the fleet's saturation rate; repeat. Default: 0.6, 0.8.")
+    ] = None,
+    capacity: Annotated[bool, typer.Option(help="Find each policy's SLO capacity.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, max=1_000_000, help="Requests to send.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Repeat with so many draws of arrivals.")] = 1,
+    model: Annotated[str | None, typer.Option(help="Model the requests name, where the fleet serves several.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=4096, help="Workers of each pool, instead of spec.replicas.")
+    ] = None,
+    replicas: Annotated[int, typer.Option(min=1, max=64, help="Routers that know nothing of each other.")] = 1,
+    calibration_error: Annotated[
+        float,
+        typer.Option(
+            min=0.01, max=100, help="Routers believe prefill so many times slower, decoding faster, than it is."
+        ),
+    ] = 1.0,
+    kv_events: Annotated[
+        bool | None,
+        typer.Option("--kv-events/--no-kv-events", help="Engines report their caches. Default: as in the manifests."),
+    ] = None,
+    jobs: Annotated[int, typer.Option("-j", "--jobs", min=1, max=1024, help="Processes.")] = 1,
+    json: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw TTFT and goodput to this file (.png, .svg, .pdf).")
+    ] = None,
+) -> None:
+    """What would a policy do to this fleet? Simulated workers, the router's own core, virtual time: an hour in seconds.
+
+    Examples: `kvfleet simulate -f examples/bench8 --trace examples/traces/mooncake_synthetic_300.jsonl` · `kvfleet simulate -f examples/bench8 --trace shared-prefix --policy lmetric --policy kvfleet:energy --load 0.3 --seeds 3 --json out.json --plot out.png` · `kvfleet simulate -f my-fleet/ --trace trace.jsonl --policy manifests --capacity`
+    """
+    from kvfleet import simulate as command
+    from kvfleet import simulate_plot
+    from kvfleet_sim.fleet import Options, with_policy
+    from kvfleet_sim.workload import open_load
+
+    console = Console()
+    loads = load if load or capacity else [0.6, 0.8]
+    policies = list(dict.fromkeys(policy or ["least_request", "lmetric", "kvfleet"]))
+    manifests = _load(filename)
+    try:
+        config, model = command.fleet_of(_compile(manifests), manifests, model, workers)
+        for name in policies:
+            with_policy(config, name)
+        command.check(loads or [], json)
+        if plot is not None:
+            simulate_plot.check(plot)
+        source = open_load(trace, limit)
+        options = Options(replicas=replicas, kv_events=kv_events, calibration_error=calibration_error)
+        experiment = command.Experiment(config, model, source, options)
+        report = command.run_experiment(
+            experiment,
+            policies=policies,
+            loads=loads or [],
+            seeds=seeds,
+            capacity=capacity,
+            jobs=jobs,
+            console=Console(stderr=True),
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    command.print_report(report, console)
+    if json is not None:
+        command.write_json(experiment, report, json, trace=trace)
+    if plot is not None:
+        simulate_plot.draw(report, plot, title=f"{Path(trace).name}, {experiment.worker_count} workers")
 
 
 @app.command()
@@ -358,6 +468,26 @@ def _compile(manifests: Manifests) -> FleetConfig:
     for line in warnings(manifests):
         Console(stderr=True, highlight=False).print(f"[yellow]warning:[/yellow] {_escaped(line)}", soft_wrap=True)
     return config
+
+
+def _kubernetes_source(
+    kubeconfig: Path | None, config_map: str, fallback: Path | None, strategy: str | None
+) -> ConfigSource:
+    """What a router in a cluster follows."""
+    from kvfleet import fleet
+    from kvfleet_router.io.kubernetes import KubernetesSource
+    from kvfleet_router.io.kubernetes_access import AccessError, from_kubeconfig, in_cluster
+
+    if strategy is not None:
+        _check_strategies([strategy])
+    if not config_map:
+        raise UsageError("--config-map: which ConfigMap holds the FleetConfig? Give NAMESPACE/NAME")
+    try:
+        access = in_cluster() if kubeconfig is None else from_kubeconfig(kubeconfig)
+        adapt = None if strategy is None else lambda config: fleet.with_strategy(config, strategy)
+        return KubernetesSource(access, config_map, fallback=fallback, adapt=adapt)
+    except AccessError as error:
+        raise UsageError(str(error)) from error
 
 
 def _log_level(name: str) -> str:
