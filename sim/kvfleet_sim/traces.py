@@ -76,7 +76,7 @@ def read_trace(path: Path | str, *, limit: int | None = None) -> list[TraceRow]:
             first = lines.readline(MAX_LINE_BYTES)
             lines.seek(0)
             rows = _reader(path, first)(path, lines)
-            result = []
+            result: list[TraceRow] = []
             for row in rows:
                 if limit is not None and len(result) >= limit:
                     break
@@ -100,7 +100,7 @@ def at_rate(rows: Sequence[TraceRow], factor: float) -> list[TraceRow]:
 
 def _open(path: Path) -> io.TextIOWrapper:
     raw = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # noqa: SIM115 - the wrapper closes it
-    return io.TextIOWrapper(raw, encoding="utf-8", newline="")  # type: ignore[type-var]
+    return io.TextIOWrapper(raw, encoding="utf-8", newline="")
 
 
 def _reader(path: Path, first: str) -> Any:
