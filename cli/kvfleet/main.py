@@ -85,11 +85,14 @@ def quickstart_directory() -> Path:
 def demo(
     directory: Annotated[Path | None, typer.Option("-f", "--filename", help="Manifests of the fleet.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Trace to replay (Mooncake, LMCache or Azure format).")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=100_000, help="Requests of the trace to replay.")] = 400,
+    limit: Annotated[int, typer.Option(min=1, max=100_000, help="Requests of the trace to replay.")] = 300,
     policy: Annotated[
         list[str] | None, typer.Option(help="Policies to compare, in order. Default: round_robin, kvfleet.")
     ] = None,
-    speed: Annotated[float, typer.Option(min=0.1, max=100, help="Seconds of the trace per real second.")] = 4.0,
+    rate: Annotated[
+        float, typer.Option(min=0.01, max=100, help="Arrivals at this multiple of the trace's rate.")
+    ] = 0.6,
+    speed: Annotated[float, typer.Option(min=0.1, max=100, help="Seconds of the fleet per real second.")] = 5.0,
     json: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
     logs: Annotated[Path | None, typer.Option(help="Keep the processes' logs in this directory.")] = None,
 ) -> None:
@@ -103,11 +106,11 @@ def demo(
     from kvfleet import demo as demo_module
     from kvfleet.local import LocalFleetError
     from kvfleet_api.manifests import with_bundled
-    from kvfleet_sim.traces import TraceError, read_trace
+    from kvfleet_sim.traces import TraceError, at_rate, read_trace
 
     console = Console()
     directory = directory or quickstart_directory()
-    trace = trace or directory.parent / "traces" / "mooncake_synthetic_400.jsonl"
+    trace = trace or directory.parent / "traces" / "mooncake_synthetic_300.jsonl"
     policies = policy or ["round_robin", "kvfleet"]
     _check_strategies(policies)
     if json is not None and not json.parent.is_dir():
@@ -117,13 +120,14 @@ def demo(
     if not manifests.routers:
         raise UsageError(f"{directory}: no FleetRouter among the manifests: add one (kind: FleetRouter)")
     try:
-        rows = read_trace(trace, limit=limit)
+        rows = at_rate(read_trace(trace, limit=limit), rate)
     except TraceError as error:
         raise UsageError(str(error)) from error
     model = manifests.pools[0].spec.model.name
     span_s = rows[-1].arrival_s - rows[0].arrival_s
     console.print(
-        f"[bold]{len(rows)} requests[/bold] of {trace.name} ({span_s:.0f} s, here {speed:g}x faster) against the fleet of {directory}"
+        f"[bold]{len(rows)} requests[/bold] of {trace.name}: {span_s:.0f} s at {rate:g}x the trace's rate, "
+        f"{speed:g}x faster than real; fleet: {', '.join(f'{p.metadata.name} ({p.spec.replicas})' for p in manifests.pools)}"
     )
     try:
         results = asyncio.run(
@@ -144,7 +148,7 @@ def demo(
         raise KeyboardInterrupt from None
     demo_module.print_results(results, console)
     if json is not None:
-        demo_module.write_json(results, json, trace=trace.name, speed=speed)
+        demo_module.write_json(results, json, trace=trace.name, rate=rate, speed=speed)
     failed = [outcome for result in results for outcome in result.outcomes if not outcome.ok]
     if failed:
         console.print(f"[red]{len(failed)} requests failed[/red], the first: {_escaped(failed[0].error)}")
@@ -286,6 +290,84 @@ def operator(
     if lease_namespace is not None:
         options = dataclasses.replace(options, lease_namespace=lease_namespace)
     raise typer.Exit(run_operator(options))
+
+
+@app.command()
+def simulate(
+    filename: Files,
+    trace: Annotated[str, typer.Option(help="Trace file (Mooncake, LMCache or Azure format), or `shared-prefix`.")],
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Policies to compare: strategies, `kvfleet:energy`, or `manifests` (as they are). Default: least_request, lmetric, kvfleet."
+        ),
+    ] = None,
+    load: Annotated[
+        list[float] | None, typer.Option(help="Share of the fleet's saturation rate; repeat. Default: 0.6, 0.8.")
+    ] = None,
+    capacity: Annotated[bool, typer.Option(help="Find each policy's SLO capacity.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, max=1_000_000, help="Requests to send.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Repeat with so many draws of arrivals.")] = 1,
+    model: Annotated[str | None, typer.Option(help="Model the requests name, where the fleet serves several.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=4096, help="Workers of each pool, instead of spec.replicas.")
+    ] = None,
+    replicas: Annotated[int, typer.Option(min=1, max=64, help="Routers that know nothing of each other.")] = 1,
+    calibration_error: Annotated[
+        float,
+        typer.Option(
+            min=0.01, max=100, help="Routers believe prefill so many times slower, decoding faster, than it is."
+        ),
+    ] = 1.0,
+    kv_events: Annotated[
+        bool | None,
+        typer.Option("--kv-events/--no-kv-events", help="Engines report their caches. Default: as in the manifests."),
+    ] = None,
+    jobs: Annotated[int, typer.Option("-j", "--jobs", min=1, max=1024, help="Processes.")] = 1,
+    json: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw TTFT and goodput to this file (.png, .svg, .pdf).")
+    ] = None,
+) -> None:
+    """What would a policy do to this fleet? Simulated workers, the router's own core, virtual time: an hour in seconds.
+
+    Examples: `kvfleet simulate -f examples/bench8 --trace examples/traces/mooncake_synthetic_300.jsonl` · `kvfleet simulate -f examples/bench8 --trace shared-prefix --policy lmetric --policy kvfleet:energy --load 0.3 --seeds 3 --json out.json --plot out.png` · `kvfleet simulate -f my-fleet/ --trace trace.jsonl --policy manifests --capacity`
+    """
+    from kvfleet import simulate as command
+    from kvfleet import simulate_plot
+    from kvfleet_sim.fleet import Options, with_policy
+    from kvfleet_sim.workload import open_load
+
+    console = Console()
+    loads = load if load or capacity else [0.6, 0.8]
+    policies = list(dict.fromkeys(policy or ["least_request", "lmetric", "kvfleet"]))
+    manifests = _load(filename)
+    try:
+        config, model = command.fleet_of(_compile(manifests), manifests, model, workers)
+        for name in policies:
+            with_policy(config, name)
+        command.check(loads or [], json)
+        if plot is not None:
+            simulate_plot.check(plot)
+        source = open_load(trace, limit)
+        options = Options(replicas=replicas, kv_events=kv_events, calibration_error=calibration_error)
+        experiment = command.Experiment(config, model, source, options)
+        report = command.run_experiment(
+            experiment,
+            policies=policies,
+            loads=loads or [],
+            seeds=seeds,
+            capacity=capacity,
+            jobs=jobs,
+            console=Console(stderr=True),
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    command.print_report(report, console)
+    if json is not None:
+        command.write_json(experiment, report, json, trace=trace)
+    if plot is not None:
+        simulate_plot.draw(report, plot, title=f"{Path(trace).name}, {experiment.worker_count} workers")
 
 
 @app.command()
