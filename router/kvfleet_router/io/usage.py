@@ -12,9 +12,7 @@ from typing import NamedTuple
 SEARCHED_BYTES = 8192
 _LONGEST_USAGE = 1024
 
-_PROMPT = re.compile(rb'"(?:prompt|input)_tokens":\s*(\d{1,9})')
-_OUTPUT = re.compile(rb'"(?:completion|output)_tokens":\s*(\d{1,9})')
-_CACHED = re.compile(rb'"cached_tokens":\s*(\d{1,9})')
+_COUNT = re.compile(rb'"((?:prompt|input|completion|output|cached)_tokens)":\s*(\d{1,9})')
 
 
 class Usage(NamedTuple):
@@ -33,10 +31,13 @@ def read_usage(end: bytes) -> Usage:
     start = end.rfind(b'"usage":')
     if start < 0:
         return NO_USAGE
-    usage = end[start : start + _LONGEST_USAGE]
-    return Usage(_number(_PROMPT, usage), _number(_OUTPUT, usage), _number(_CACHED, usage))
+    counts = dict(_COUNT.findall(end, start, start + _LONGEST_USAGE))
+    return Usage(
+        _number(counts.get(b"prompt_tokens") or counts.get(b"input_tokens")),
+        _number(counts.get(b"completion_tokens") or counts.get(b"output_tokens")),
+        _number(counts.get(b"cached_tokens")),
+    )
 
 
-def _number(pattern: re.Pattern[bytes], text: bytes) -> int | None:
-    match = pattern.search(text)
-    return int(match[1]) if match else None
+def _number(digits: bytes | None) -> int | None:
+    return None if digits is None else int(digits)
