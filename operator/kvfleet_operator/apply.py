@@ -26,7 +26,7 @@ from kvfleet_operator.api import ApiError, KubeApi
 from kvfleet_operator.reconcile import names
 from kvfleet_operator.reconcile.dependents import key_of
 from kvfleet_operator.reconcile.drift import difference
-from kvfleet_operator.reconcile.plan import Applied, Manifest, Plan, Rejection, kind_name
+from kvfleet_operator.reconcile.plan import Applied, Manifest, Plan, Rejection, leftovers
 from kvfleet_operator.resources import BY_KIND, CHILDREN
 from kvfleet_operator.world import World
 
@@ -108,17 +108,13 @@ class Applier:
         self._world.put(result)
 
     async def _delete_leftovers(self, owner: Resource, plan: Plan) -> bool:
-        kept = {kind_name(manifest) for manifest in plan.objects} | plan.untouched
-        deleted = False
-        for key, live in self._world.children(owner).items():
-            if key in kept or live["metadata"].get("deletionTimestamp"):
-                continue
-            logger.info("%s: deleting %s %s, which is not wanted any more", owner.key, *key)
+        doomed = leftovers(self._world.children(owner), plan)
+        for live in doomed:
+            logger.info("%s: deleting %s, which is not wanted any more", owner.key, key_of(live))
             await self._api.delete(live)
             self._world.remove(live)
             self._spellings.pop(live["metadata"]["uid"], None)
-            deleted = True
-        return deleted
+        return bool(doomed)
 
 
 class OwnerGone(Exception):

@@ -1,8 +1,13 @@
 """The observed world: versions only grow, derived state is fresh, changes reach what depends on them."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from operator_manifests import pool as pool_manifest
 
+from kvfleet_api.manifests import KINDS
 from kvfleet_operator.reconcile.dependents import Key, dependents
+from kvfleet_operator.reconcile.plan import Plan, kind_name, leftovers
 from kvfleet_operator.world import World
 
 
@@ -111,3 +116,42 @@ def test_changes_of_other_namespaces_reach_nothing_here(world, make):
     elsewhere = make.policy()
     elsewhere["metadata"]["namespace"] = "elsewhere"
     assert dependents(elsewhere, world) == {Key("RoutingPolicy", "elsewhere", "policy")}
+
+
+# Owned-only deletion
+
+LABELS = st.sampled_from([{}, {"app.kubernetes.io/managed-by": "kvfleet-operator", "kvfleet.io/pool": "llama"}])
+OWNERS = st.lists(
+    st.fixed_dictionaries({
+        "kind": st.just("ModelPool"), "name": st.just("llama"),
+        "uid": st.sampled_from(["ours", "other"]), "controller": st.booleans(),
+    }),
+    max_size=2,
+)  # fmt: skip
+OBJECTS = st.builds(
+    lambda kind, name, namespace, labels, owners: {
+        "kind": kind,
+        "metadata": {"name": name, "namespace": namespace, "labels": labels, "ownerReferences": owners, "uid": f"{kind}{name}{namespace}"},
+    },
+    st.sampled_from(["Deployment", "Service", "ConfigMap", "Pod", "FleetRouter"]),
+    st.sampled_from(["llama-workers", "a", "b"]), st.sampled_from(["default", "elsewhere"]), LABELS, OWNERS,
+)  # fmt: skip
+WANTED = st.frozensets(st.tuples(st.sampled_from(["Deployment", "Service"]), st.sampled_from(["llama-workers", "a"])))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(OBJECTS, max_size=8), WANTED, WANTED)
+def test_only_what_the_owner_controls_and_nobody_wants_is_ever_deleted(objects, wanted, untouched):
+    world = World()
+    for version, manifest in enumerate(objects):
+        world.put(at(manifest, version + 1, uid=manifest["metadata"]["uid"]))
+    owner = KINDS["ModelPool"].model_validate(pool_manifest(metadata={"uid": "ours"}))
+    plan = Plan([{"kind": kind, "metadata": {"name": name}} for kind, name in wanted], untouched)
+    doomed = {
+        (m["kind"], m["metadata"]["namespace"], m["metadata"]["name"]) for m in leftovers(world.children(owner), plan)
+    }
+    last = {(m["kind"], m["metadata"]["namespace"], m["metadata"]["name"]): m for m in objects}
+    for place, manifest in last.items():
+        controllers = [ref["uid"] for ref in manifest["metadata"]["ownerReferences"] if ref["controller"]]
+        mine = controllers[:1] == ["ours"] and place[1] == "default" and place[0] not in ("Pod", "FleetRouter")
+        assert (place in doomed) == (mine and kind_name(manifest) not in wanted | untouched)

@@ -24,6 +24,14 @@ class Plan:
     """(kind, name) of children to leave as they are, or absent."""
 
 
+def leftovers(children: Mapping[tuple[str, str], Manifest], plan: Plan) -> list[Manifest]:
+    """The owned `children` a plan has no use for and that are not on their way out already."""
+    kept = {kind_name(manifest) for manifest in plan.objects} | plan.untouched
+    return [
+        child for key, child in children.items() if key not in kept and not child["metadata"].get("deletionTimestamp")
+    ]
+
+
 @dataclass(frozen=True, slots=True)
 class Rejection:
     """A child that could not be brought about."""
