@@ -30,6 +30,7 @@ lint: venv ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	MYPYPATH=e2e $(BIN)/mypy --strict e2e/harness e2e/conftest.py
 	$(BIN)/lint-imports
 
 verify: venv ## generated files equal what the code generates
