@@ -46,6 +46,7 @@ _CLIENT_REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 _BROKEN_EVENT = re.compile(rb'^(?:[0-9a-fA-F]+\r\n)?data: ?\{"error":.*"code": ?5\d\d', re.DOTALL)
 """A stream that begins with a server's error: the engine died while it read the prompt."""
 _ABORTED = b'"finish_reason":"abort"'
+"""The engine was told to leave and ended what ran, half-way. (Inside a model's text the quotes would be escaped.)"""
 _LEAVING = re.compile(
     rb"cannot schedule new futures after shutdown|EngineCore|EngineDead|engine is dead", re.IGNORECASE
 )
@@ -221,9 +222,10 @@ class Exchange:
         """Why an answer had better come from another worker; empty: it is good as it is."""
         status = upstream.status
         if status < 300:
-            if upstream.event_stream:
-                return "engine_failed" if _BROKEN_EVENT.match(upstream.held_body()) else ""
-            return "engine_aborted" if _ABORTED in upstream.held_body() else ""
+            body = upstream.held_body()
+            if upstream.event_stream and _BROKEN_EVENT.match(body):
+                return "engine_failed"
+            return "engine_aborted" if _ABORTED in body else ""
         if status in (502, 503, 504):
             return f"status_{status}"
         return "engine_failed" if status == 500 and _LEAVING.search(upstream.held_body()) else ""
@@ -265,16 +267,18 @@ class Exchange:
         parsed, proxy = self.parsed, self.proxy
         if upstream.chunked:
             ticket.chunks -= 1  # the empty one that ends the body
-        usage = NO_USAGE
-        if parsed.include_usage or not parsed.stream:
-            usage = read_usage(b"".join(upstream.tail)[-SEARCHED_BYTES:])
+        end = b"".join(upstream.tail)[-SEARCHED_BYTES:]
+        usage = read_usage(end) if parsed.include_usage or not parsed.stream else NO_USAGE
         failed = upstream.status >= 500
+        if _ABORTED in end:
+            failed = True
+            proxy.metrics.error("engine_aborted")
         proxy.dispatcher.finish(
             ticket, output_tokens=usage.output, prompt_tokens=usage.prompt, cached_tokens=usage.cached, ok=not failed
         )
         self.done = True
         self.upstream = None
-        outcome = "ok" if upstream.status < 400 else "failed" if failed else "client_error"
+        outcome = "failed" if failed else "ok" if upstream.status < 400 else "client_error"
         proxy.metrics.answered(self, ticket, outcome, usage, proxy.clock())
         keep_alive = upstream.clean and self._keeps_alive(upstream)
         upstream.detach()

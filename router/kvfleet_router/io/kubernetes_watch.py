@@ -30,7 +30,7 @@ from kvfleet_router.io.kubernetes_access import Access
 
 log = logging.getLogger("kvfleet.router")
 
-MAX_OBJECT_BYTES = 8 * 1_048_576
+MAX_EVENT_BYTES = 8 * 1_048_576
 """The API server itself stores objects of at most 1.5 MiB; JSON text in them is escaped once more."""
 MAX_PAGE_BYTES = 64 * 1_048_576
 MAX_OBJECTS = 10_000
@@ -308,7 +308,7 @@ async def _check(response: httpx.Response) -> None:
     if response.status_code == 200:
         return
     try:
-        message = msgspec.json.decode(await _whole(response, MAX_OBJECT_BYTES), type=_Status).message
+        message = msgspec.json.decode(await _whole(response, MAX_EVENT_BYTES), type=_Status).message
     except msgspec.MsgspecError:
         message = ""
     raise _refusal(response.status_code, message, response.headers.get("retry-after", ""))
@@ -326,7 +326,7 @@ async def _whole(response: httpx.Response, limit_bytes: int) -> bytes:
 class Lines:
     """Cuts what arrives in pieces into lines; the last one, if it never ends, is never given out."""
 
-    def __init__(self, limit_bytes: int = MAX_OBJECT_BYTES) -> None:
+    def __init__(self, limit_bytes: int = MAX_EVENT_BYTES) -> None:
         self._limit_bytes = limit_bytes
         self._buffer = bytearray()
 

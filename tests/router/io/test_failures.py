@@ -383,3 +383,23 @@ async def test_a_worker_that_accepts_no_connection_in_time(bench: Bench, monkeyp
     while not connecting.is_set():
         assert (await bench.ask(router, post(chat_body()))).status == 200
     assert router.metrics.errors == {"connect_timeout": 1}
+
+
+async def test_a_stream_the_engine_aborted_is_passed_on_and_counted_as_failed(bench: Bench) -> None:
+    abort = chunk(b'data: {"choices":[{"index":0,"delta":{"content":""},"finish_reason":"abort"}]}\n\n')
+    may_end = asyncio.Event()
+
+    async def behave(seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(STREAM_HEAD + event("a"))
+        await may_end.wait()
+        writer.write(abort + STREAM_END)
+
+    router = await bench.router(await bench.worker(behave))
+    client = await bench.client(router)
+    await client.send(post(chat_body(stream=True)))
+    await client.answer(head_only=True)
+    await client.reader.readexactly(len(event("a")))
+    may_end.set()
+    assert await client.reader.readuntil(STREAM_END) == abort + STREAM_END
+    await eventually(lambda: router.metrics.errors == {"engine_aborted": 1})
+    assert router.dispatcher.decisions.recent(1)[0]["outcome"]["result"] == "failed"
