@@ -150,7 +150,7 @@ def _blind(signals: Sequence[Reading]) -> str | None:
     if not signals:
         return "no signal was read"
     wrong = [
-        f"{reading.signal}: {reading.quality.lower()}, {reading.message}" for reading in signals if not reading.fresh
+        f"{reading.signal}: {reading.quality.lower()}, {reading.message}" for reading in signals if not reading.complete
     ]
     return "; ".join(wrong) or None
 
@@ -184,7 +184,7 @@ def _explain(
         why = f"stabilisation: {steps.stable} or {verb} were recommended within the last {window_s} s"
         return ("ScaleUpStabilized" if up else "ScaleDownStabilized"), why
     if steps.asked != steps.wish:
-        return "MissingData", f"missing data ({blind})"
+        return "MissingData", f"missing data ({blind or 'no signal has a figure yet'})"
     return "DesiredWithinRange", None
 
 

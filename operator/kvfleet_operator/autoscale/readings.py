@@ -4,6 +4,7 @@
 the direct scrape give the same reading for the same figures.
 
     Fresh    usable in both directions
+    Silent   everyone was asked and has no figure, as before the first request: asks for nothing, stands in nobody's way
     Partial  some routers or workers are missing: the value may be too small, so it may only add workers
     Stale    too old to say anything about now
     Absent   nothing there
@@ -27,6 +28,7 @@ DEFAULT_MAX_AGE_S: Final = 120.0
 
 class Quality(StrEnum):
     FRESH = "Fresh"
+    SILENT = "Silent"
     PARTIAL = "Partial"
     STALE = "Stale"
     ABSENT = "Absent"
@@ -65,6 +67,11 @@ class Reading:
         return self.quality is Quality.FRESH
 
     @property
+    def complete(self) -> bool:
+        """Whether all there is to know is known."""
+        return self.quality in (Quality.FRESH, Quality.SILENT)
+
+    @property
     def usable(self) -> tuple[float, float] | None:
         """(value, target), where the value is at least true as a lower bound."""
         if self.quality not in (Quality.FRESH, Quality.PARTIAL) or self.value is None or self.target is None:
@@ -80,9 +87,9 @@ def judge(
     def reading(quality: Quality, message: str = "") -> Reading:
         return Reading(signal, kind, quality, raw.value, raw.target, raw.age_s, message)
 
-    if raw.value is None:
+    if raw.value is None and not raw.sources:
         return reading(Quality.ABSENT, f"no {source_name} reports it")
-    if not isfinite(raw.value):
+    if raw.value is not None and not isfinite(raw.value):
         return reading(Quality.INVALID, f"its value is {raw.value}")
     if raw.target is None:
         return reading(Quality.ABSENT, f"no {source_name} reports its target: set one in the signal")
@@ -94,6 +101,8 @@ def judge(
         return reading(Quality.STALE, f"no {source_name} is ready, so what was read is of the past")
     if expected_sources is not None and raw.sources is not None and raw.sources < expected_sources:
         return reading(Quality.PARTIAL, f"only {raw.sources} of {expected_sources} {source_name}s report it")
+    if raw.value is None:
+        return reading(Quality.SILENT, f"no {source_name} has a figure yet")
     return reading(Quality.FRESH)
 
 

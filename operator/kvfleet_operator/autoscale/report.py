@@ -23,10 +23,11 @@ def scaling_active(result: PoolResult) -> Finding:
     if result.schedule_problems:
         wrong = "; ".join(f"{problem.field}: {problem.message}" for problem in result.schedule_problems)
         return Finding("ScalingActive", "False", "InvalidSchedule", f"{wrong}; other entries are in force")
+    if decision.wish is None:
+        wrong = decision.blind or "no signal has a figure yet"
+        return Finding("ScalingActive", "False", "NoMetrics", f"{wrong}; the pool stays as it is")
     if decision.blind is None:
         return Finding("ScalingActive", "True", "ValidMetrics", "Every signal was read.")
-    if decision.wish is None:
-        return Finding("ScalingActive", "False", "NoMetrics", f"{decision.blind}; the pool stays as it is")
     return Finding("ScalingActive", "False", "SomeMetrics", f"{decision.blind}; until then no worker is removed")
 
 

@@ -86,7 +86,8 @@ def test_a_wrong_schedule_is_reported() -> None:
 
 
 def rising(at_s: float) -> float:
-    return max(0.0, 100 - 110 * sin(2 * pi * at_s / DAY_S + pi / 2))
+    """From half a request at midnight to 20 workers' worth at noon."""
+    return max(0.5, 100 - 110 * sin(2 * pi * at_s / DAY_S + pi / 2))
 
 
 def test_workers_are_started_ahead_of_a_day_that_repeats_itself() -> None:
@@ -106,7 +107,18 @@ def test_workers_are_started_ahead_of_a_day_that_repeats_itself() -> None:
     assert result.decision.held_back_by.startswith("forecast: ")
 
 
-def test_a_forecast_of_nothing_lets_a_pool_sleep() -> None:
+def test_an_untried_forecast_starts_nothing() -> None:
+    autoscaler = Autoscaler()
+    start_s = 1_700_000_000.0 // DAY_S * DAY_S
+    morning_s = start_s + DAY_S + 6 * 3600
+    autoscaler.learn("prod/a", [(start_s + at_s, rising(at_s)) for at_s in range(0, DAY_S, 300)])
+    given = step(rising(morning_s - start_s), 10, forecasting=True, startup_s=3600.0)
+    result = autoscaler.step([given], morning_s)["prod/a"]
+    assert result.forecast is not None
+    assert (result.forecast.demand > 110, result.forecast.usable, result.decision.desired) == (True, False, 10)
+
+
+def test_a_forecast_of_next_to_nothing_lets_a_pool_sleep() -> None:
     autoscaler = Autoscaler()
     start_s = 1_700_000_000.0 // DAY_S * DAY_S
     now_s = start_s + 4 * DAY_S

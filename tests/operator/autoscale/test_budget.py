@@ -40,7 +40,7 @@ def test_among_equals_fewer_joules_per_token_go_first() -> None:
 
 def test_large_workers_leave_room_to_small_ones() -> None:
     claims = [Claim("big", 0, 2, gpus_per_worker=8), Claim("small", 0, 3, gpus_per_worker=1)]
-    assert granted(claims, Budget(gpus=10)) == [1, 2]
+    assert granted(claims, Budget(gpus=11)) == [1, 3]
 
 
 def test_the_smaller_of_two_limits_counts() -> None:

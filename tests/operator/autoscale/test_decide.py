@@ -130,13 +130,20 @@ def test_a_total_does_not_care_how_many_workers_are_ready() -> None:
     assert [once(spec(), [total(40.0)], 4, ready=ready).desired for ready in (0, 2, 4)] == [4, 4, 4]
 
 
-@pytest.mark.parametrize("quality", [quality for quality in Quality if quality is not Quality.FRESH])
+@pytest.mark.parametrize("quality", sorted(set(Quality) - {Quality.FRESH, Quality.SILENT}))
 def test_without_fresh_data_nothing_is_removed(quality: Quality) -> None:
     value = 0.0 if quality is Quality.PARTIAL else None
     decision = once(spec(), [reading(value, quality=quality)], 7)
     assert (decision.desired, decision.reason) == (7, "MissingData")
     assert decision.held_back_by is not None
     assert "concurrency" in decision.held_back_by
+
+
+def test_a_signal_without_a_figure_yet_leaves_the_decision_to_the_others() -> None:
+    silent = reading(None, quality=Quality.SILENT, signal="timeToFirstToken", kind="Value")
+    assert once(spec(), [total(20.0), silent], 7).desired == 2
+    alone = once(spec(), [silent], 7)
+    assert (alone.desired, alone.held_back_by) == (7, "missing data (no signal has a figure yet)")
 
 
 def test_one_missing_signal_keeps_the_others_from_removing_workers() -> None:

@@ -81,6 +81,7 @@ async def test_a_signal_is_one_query(serve: Any, answer: Any) -> None:
         ({"value": "NaN", "target": "48", "sources": "2", "age": "7"}, Quality.INVALID, "its value is nan"),
         ({"value": "+Inf", "target": "48", "sources": "2", "age": "7"}, Quality.INVALID, "its value is inf"),
         ({"value": "34", "sources": "2", "age": "7"}, Quality.ABSENT, "its target"),
+        ({"target": "48", "sources": "2", "age": "7"}, Quality.SILENT, "no router has a figure yet"),
         ({"value": "0"}, Quality.ABSENT, "no router reports it"),
         ({}, Quality.ABSENT, "no router reports it"),
     ],

@@ -57,6 +57,15 @@ async def test_routers_are_summed(reader: RouterReader, serve: Any, answer: Call
     assert (served.quality, served.value) == (Quality.FRESH, 204.0)
 
 
+async def test_before_the_first_prediction_there_is_none_to_hold_the_pool(
+    reader: RouterReader, serve: Any, answer: Callable[..., bytes]
+) -> None:
+    page = "".join(line for line in PAGE.splitlines(keepends=True) if "predicted_ttft" not in line)
+    router = await serve(lambda request: answer(page))
+    ((ttft,),) = await reader.read([PoolQuestion(signals({"timeToFirstToken": {}}), [router.url])])
+    assert (ttft.quality, ttft.complete, ttft.usable) == (Quality.SILENT, True, None)
+
+
 async def test_a_process_is_scraped_once_for_all_pools(
     reader: RouterReader, serve: Any, answer: Callable[..., bytes]
 ) -> None:

@@ -127,14 +127,14 @@ def test_more_of_a_signal_never_means_fewer_workers(
 
 
 @given(specs(), st.integers(1, 60), st.lists(st.lists(readings, max_size=3), min_size=1, max_size=30))
-def test_nothing_is_removed_unless_every_signal_is_fresh(
+def test_nothing_is_removed_unless_every_signal_is_known(
     spec: AutoscalingSpec, wanted: int, steps: list[list[Reading]]
 ) -> None:
     pool = History(spec, min(wanted, spec.max_replicas))
     for signals in steps:
         before = pool.wanted
         decision = pool.step(signals)
-        if not signals or not all(reading.fresh for reading in signals):
+        if not signals or not all(reading.complete for reading in signals):
             assert decision.desired >= before
 
 
