@@ -128,7 +128,10 @@ class OpenStream:
             self.received += data
 
     async def read_all(self) -> Answer:
-        self.received += await asyncio.wait_for(self._reader.read(), TIMEOUT_S)
+        try:
+            self.received += await asyncio.wait_for(self._reader.read(), TIMEOUT_S)
+        finally:
+            await self.close()
         return parse_answer(self.received)
 
     async def close(self) -> None:
