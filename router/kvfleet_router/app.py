@@ -122,11 +122,11 @@ class RouterApp:
         return self._unready or self._source.unready
 
     def _sweep(self) -> None:
+        self._sweeper = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
         now = time.monotonic()
+        self.upstreams.sweep(now)
         self.server.sweep(now)
         self.admin_server.sweep(now)
-        self.upstreams.sweep(now)
-        self._sweeper = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
 
     # What a configuration source calls
 
@@ -236,6 +236,7 @@ def run_router(
     except ConfigError as error:
         log.error("the configuration cannot be served: %s", error)
         return 2
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     gc.collect()
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)

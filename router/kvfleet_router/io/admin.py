@@ -21,8 +21,8 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_late
 
 from kvfleet_router.core.dispatcher import Dispatcher
 from kvfleet_router.io import wire
+from kvfleet_router.io.connection import ClientConnection
 from kvfleet_router.io.request import Request
-from kvfleet_router.io.server import ClientConnection
 
 DEFAULT_LIMIT = 100
 MAX_LIMIT = 10_000

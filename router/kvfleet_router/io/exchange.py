@@ -21,18 +21,18 @@ import re
 import time
 from typing import TYPE_CHECKING
 
-import httptools
-
 from kvfleet_router.core.parse import ParsedRequest, RequestError, read_request
 from kvfleet_router.core.ticket import Held, Refusal, Ticket
 from kvfleet_router.io import wire
+from kvfleet_router.io.dechunker import Dechunker
 from kvfleet_router.io.multipart import form_model
 from kvfleet_router.io.usage import NO_USAGE, SEARCHED_BYTES, read_usage
+from kvfleet_router.io.verdict import ABORTED, failure
 
 if TYPE_CHECKING:
+    from kvfleet_router.io.connection import ClientConnection
     from kvfleet_router.io.proxy import Proxy
     from kvfleet_router.io.request import Request
-    from kvfleet_router.io.server import ClientConnection
     from kvfleet_router.io.upstream import Origin, UpstreamConnection
 
 log = logging.getLogger("kvfleet.router")
@@ -43,15 +43,6 @@ EVENT_END = b"\n\n\r\n"
 """How an HTTP chunk ends that ends with a whole event."""
 
 _CLIENT_REQUEST_ID = re.compile(rb"[!-~]{1,128}")
-_BROKEN_EVENT = re.compile(rb'^(?:[0-9a-fA-F]+\r\n)?data: ?\{"error":.*"code": ?5\d\d', re.DOTALL)
-"""A stream that begins with a server's error: the engine died while it read the prompt."""
-_ABORTED = b'"finish_reason":"abort"'
-"""The engine was told to leave and ended what ran, half-way. (Inside a model's text the quotes would be escaped.)"""
-_LEAVING = re.compile(
-    rb"cannot schedule new futures after shutdown|EngineCore|EngineDead|engine is dead", re.IGNORECASE
-)
-"""In a 500's body: the engine is going or gone; another worker can serve the request."""
-
 _UNREAD = ParsedRequest("other", "")
 
 
@@ -151,7 +142,7 @@ class Exchange:
                 upstream = await origin.connect()
         except TimeoutError:
             cause = "connect_timeout"
-        except OSError:
+        except (OSError, ValueError):  # a ValueError: a host name that is none
             cause = "connect_failed"
         else:
             if self.done:
@@ -207,7 +198,7 @@ class Exchange:
 
     def _another_may_do(self, upstream: UpstreamConnection) -> bool:
         """Whether what came, of which nothing has gone out, was given up and the request sent to another worker."""
-        cause = self._failure(upstream)
+        cause = failure(upstream.status, upstream.event_stream, upstream.held_body())
         if not cause or not self._may_try_again():
             return False
         self.upstream = None
@@ -218,24 +209,13 @@ class Exchange:
         self._try_again(cause)
         return True
 
-    def _failure(self, upstream: UpstreamConnection) -> str:
-        """Why an answer had better come from another worker; empty: it is good as it is."""
-        status = upstream.status
-        if status < 300:
-            body = upstream.held_body()
-            if upstream.event_stream and _BROKEN_EVENT.match(body):
-                return "engine_failed"
-            return "engine_aborted" if _ABORTED in body else ""
-        if status in (502, 503, 504):
-            return f"status_{status}"
-        return "engine_failed" if status == 500 and _LEAVING.search(upstream.held_body()) else ""
-
     def _release(self, upstream: UpstreamConnection) -> None:
         """The worker answers: pass its answer on from here."""
         proxy, connection, ticket = self.proxy, self.connection, self.ticket
         assert ticket is not None
         self.first_byte_at = proxy.clock()
-        proxy.dispatcher.first_token(ticket)
+        if upstream.status < 300:
+            proxy.dispatcher.first_token(ticket)
         connection.release_body()
         head = b"".join(
             (
@@ -253,7 +233,7 @@ class Exchange:
         transport = connection.transport
         if self.request.http10 and upstream.chunked:
             transport.write(head.replace(b"transfer-encoding: chunked\r\n", b"", 1))
-            upstream.release(Dechunker(transport).feed, b"")
+            upstream.release(Dechunker(transport.write).feed, b"")
         else:
             upstream.release(transport.write, head)
 
@@ -270,7 +250,7 @@ class Exchange:
         end = b"".join(upstream.tail)[-SEARCHED_BYTES:]
         usage = read_usage(end) if parsed.include_usage or not parsed.stream else NO_USAGE
         failed = upstream.status >= 500
-        if _ABORTED in end:
+        if ABORTED in end:
             failed = True
             proxy.metrics.error("engine_aborted")
         proxy.dispatcher.finish(
@@ -308,9 +288,8 @@ class Exchange:
         assert ticket is not None
         cause, _, detail = cause.partition(": ")
         self.proxy.metrics.error(cause)
-        log.warning(
-            "worker %s failed (%s%s), request %r", ticket.worker.name, cause, detail and f": {detail}", self.request_id
-        )
+        detail = f" ({detail})" if detail else ""
+        log.warning("worker %s: %s%s, request %s", ticket.worker.name, cause, detail, self.request_id.decode())
         if self._may_try_again():
             self.proxy.metrics.retried(ticket, cause)
             self._take(self.proxy.dispatcher.retry(ticket, cause, self.assigned))
@@ -328,7 +307,7 @@ class Exchange:
     def _break_off(self, upstream: UpstreamConnection, ticket: Ticket, cause: str) -> None:
         """The worker failed inside its answer."""
         cause = cause.partition(": ")[0]
-        log.warning("worker %s failed inside an answer (%s), request %r", ticket.worker.name, cause, self.request_id)
+        log.warning("worker %s: %s inside an answer, request %s", ticket.worker.name, cause, self.request_id.decode())
         self.proxy.dispatcher.finish(ticket, ok=False)
         self.proxy.metrics.error(cause)
         self._end("failed", cause)
@@ -402,16 +381,3 @@ class Exchange:
                 self._give_up(
                     ticket, "first_byte_timeout", 504, "upstream_timeout", "The worker did not answer in time."
                 )
-
-
-class Dechunker:
-    """Takes the chunked framing off an answer for an HTTP/1.0 client, which does not know it."""
-
-    def __init__(self, transport: asyncio.WriteTransport) -> None:
-        self._transport = transport
-        parser = httptools.HttpResponseParser(self)
-        parser.feed_data(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
-        self.feed = parser.feed_data
-
-    def on_body(self, body: bytes) -> None:
-        self._transport.write(body)

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kvfleet_router.io import wire
+from kvfleet_router.io.connection import ClientConnection
 from kvfleet_router.io.request import Request
-from kvfleet_router.io.server import ClientConnection, Handler
+from kvfleet_router.io.server import Handler
 
 RETRY_AFTER_S = 1
 

@@ -15,6 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from kvfleet_router.core.dispatcher import Dispatcher
+from kvfleet_router.core.learning import STREAM_OVERHEAD_CHUNKS
 from kvfleet_router.io.usage import Usage
 
 if TYPE_CHECKING:
@@ -141,16 +142,18 @@ class RouterMetrics(Collector):
         series.cached_predicted += ticket.cached_tokens
         if usage.cached:
             series.cached_reported += usage.cached
-        chunks = ticket.chunks
-        series.output_tokens += chunks if usage.output is None else usage.output
-        if ticket.parsed.stream:
+        tokens = usage.output
+        if tokens is None:
+            tokens = max(ticket.chunks - STREAM_OVERHEAD_CHUNKS, 0)
+        series.output_tokens += tokens
+        if ticket.parsed.stream and outcome == "ok":
             first_byte_at = exchange.first_byte_at
-            ttft_s = first_byte_at - exchange.started_at
-            series.ttft.observe(ttft_s)
+            series.ttft.observe(first_byte_at - exchange.started_at)
             series.error.observe(abs(first_byte_at - ticket.sent_at - ticket.predicted_ttft_s))
             series.predicted_ttft_s = ticket.predicted_ttft_s
-            if chunks > 1:
-                series.itl.observe((now - first_byte_at) / (chunks - 1))
+            steps = tokens // ticket.parsed.sequences - 1
+            if steps > 0:
+                series.itl.observe((now - first_byte_at) / steps)
 
     def ended(self, exchange: Exchange, outcome: str, cause: str) -> None:
         """A request got no whole answer from a worker: refused, failed, or its client went away."""

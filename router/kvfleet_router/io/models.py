@@ -18,7 +18,7 @@ import orjson
 
 from kvfleet_router.core.dispatcher import Dispatcher
 from kvfleet_router.io import wire
-from kvfleet_router.io.server import ClientConnection
+from kvfleet_router.io.connection import ClientConnection
 
 log = logging.getLogger("kvfleet.router")
 

@@ -10,18 +10,21 @@ Everything else is 404 or 405, with OpenAI's error body.
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 from kvfleet_router.core.dispatcher import Dispatcher
 from kvfleet_router.io import wire
+from kvfleet_router.io.connection import ClientConnection
 from kvfleet_router.io.exchange import Exchange
 from kvfleet_router.io.metrics import RouterMetrics
 from kvfleet_router.io.models import ModelList
 from kvfleet_router.io.request import Request
-from kvfleet_router.io.server import ClientConnection
 from kvfleet_router.io.upstream import Upstreams
+
+log = logging.getLogger("kvfleet.router")
 
 PROXIED_PATHS = frozenset(
     (
@@ -93,7 +96,12 @@ class Proxy:
         """Run a coroutine; `close` ends what is left."""
         task = self._loop.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("a task failed", exc_info=task.exception())
 
     # The dispatcher's clockwork
 
@@ -106,7 +114,11 @@ class Proxy:
 
     def _tick(self) -> None:
         self._tick_timer = None
-        wanted_s = self.dispatcher.tick()
+        wanted_s = None
+        try:
+            wanted_s = self.dispatcher.tick()
+        except Exception:
+            log.exception("a tick failed; the next one comes all the same")
         self._schedule(MAX_TICK_S if wanted_s is None else wanted_s / self._speed)
 
     def _schedule(self, delay_s: float) -> None:

@@ -16,7 +16,6 @@ remains is the caller's to retry (`reused`, and no byte came).
 from __future__ import annotations
 
 import asyncio
-import socket
 import time
 from collections import deque
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from urllib.parse import urlsplit
 import httptools
 
 from kvfleet_router.io import wire
+from kvfleet_router.io.sockets import limit_unacknowledged, probe_silent_peer
 
 if TYPE_CHECKING:
     from kvfleet_router.core.ticket import Ticket
@@ -43,10 +43,7 @@ JOIN_BYTES = 16_384
 """Larger bodies are written beside their head: copying them would cost more than the second buffer does."""
 CHUNKED_END = b"\r\n0\r\n\r\n"
 SCRAP_BYTES, MAX_SCRAPS_BYTES = 64, 4096
-
-_KEEPALIVE_IDLE_S, _KEEPALIVE_INTERVAL_S, _KEEPALIVE_PROBES = 15, 5, 3
-_UNACKNOWLEDGED_MS = 30_000
-"""A worker whose node vanished is noticed after about 30 s, long before any answer's time limit."""
+"""Pieces below the first are joined in the tail, up to the second."""
 
 _DROPPED = wire.HOP_BY_HOP - {b"transfer-encoding"} | {b"x-request-id"}
 """Headers of an answer that are not passed on; the framing is, as are the bytes it frames."""
@@ -108,7 +105,7 @@ class Origin:
         self.host = parts.hostname or ""
         self.port = parts.port or 80
         self.host_header = b" HTTP/1.1\r\nhost: %b\r\ncontent-length: " % parts.netloc.encode("latin-1")
-        self.answer_header = b"\r\nx-kvfleet-worker: %b\r\nx-kvfleet-decision: " % name.encode("latin-1", "replace")
+        self.answer_header = b"\r\nx-kvfleet-worker: %b\r\nx-kvfleet-decision: " % wire.printable(name)
         self.idle: list[UpstreamConnection] = []
 
     def take_idle(self) -> UpstreamConnection | None:
@@ -251,9 +248,10 @@ class UpstreamConnection(asyncio.Protocol):
     # The transport calls
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-
         self.transport = cast(asyncio.Transport, transport)  # uvloop's are no subclass
-        detect_dead_peer(self.transport.get_extra_info("socket"))
+        sock = self.transport.get_extra_info("socket")
+        probe_silent_peer(sock)
+        limit_unacknowledged(sock)
 
     def data_received(self, data: bytes) -> None:
         if self.receiver is None:
@@ -378,14 +376,3 @@ class UpstreamConnection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         if self.head_complete:
             self.complete = True
-
-
-def detect_dead_peer(sock: socket.socket) -> None:
-    """Have the kernel end connections whose other side vanished without a word (on Linux; elsewhere time limits alone do)."""
-    if sock.family == getattr(socket, "AF_UNIX", None) or not hasattr(socket, "TCP_USER_TIMEOUT"):
-        return
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE_S)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_INTERVAL_S)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNACKNOWLEDGED_MS)

@@ -85,3 +85,8 @@ def error_event(message: str, code: str) -> bytes:
 def header(name: bytes, value: str | int) -> bytes:
     """One line of a header that the router makes itself: `value` must hold no line breaks and no characters beyond Latin-1."""
     return b"%b: %b\r\n" % (name, str(value).encode("latin-1"))
+
+
+def printable(text: str) -> bytes:
+    """`text` fit for a header's value: what is not visible ASCII becomes `?`."""
+    return "".join(c if "!" <= c <= "~" else "?" for c in text).encode("ascii")

@@ -7,7 +7,7 @@ import pytest
 from scripted import STREAM_END, STREAM_HEAD, Bench, Seen, answer_ok, chat_body, chunk, event, eventually, fleet, post
 
 from kvfleet_router.app import RouterApp
-from kvfleet_router.io import server as server_module
+from kvfleet_router.io import connection as connection_module
 from kvfleet_router.io.upstream import Origin, UpstreamConnection
 
 MIB = 1 << 20
@@ -61,7 +61,7 @@ async def test_a_client_that_reads_nothing_is_ended_in_time(bench: Bench) -> Non
     client.writer.transport.pause_reading()
     await client.send(post(chat_body(stream=True)))
     await eventually(lambda: any(connection.write_paused for connection in router.server.connections))
-    router.server.sweep(time.monotonic() + server_module.WRITE_STALL_TIMEOUT_S + 1)
+    router.server.sweep(time.monotonic() + connection_module.WRITE_STALL_TIMEOUT_S + 1)
     await eventually(lambda: worker.lost == 1)
     await eventually(lambda: not router.server.connections)
     assert in_flight(router) == 0

@@ -18,7 +18,7 @@ from scripted import (
     post,
 )
 
-from kvfleet_router.io import server as server_module
+from kvfleet_router.io import connection as connection_module
 
 
 async def echo(seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -89,7 +89,7 @@ async def test_a_client_that_pipelines_without_end_is_read_no_further(bench: Ben
     sending = asyncio.create_task(client.send(*[request] * 2000))
     await eventually(lambda: any(connection.reading_paused for connection in router.server.connections))
     (connection,) = router.server.connections
-    assert len(connection.buffer) < 2 * server_module.MAX_PIPELINED_BYTES + 300_000
+    assert len(connection.buffer) < 2 * connection_module.MAX_PIPELINED_BYTES + 300_000
     assert not sending.done()
     may_answer.set()
     for _ in range(2000):

@@ -6,7 +6,7 @@ import time
 import pytest
 from scripted import Bench, chat_body, completion, eventually, fleet, json_answer, post
 
-from kvfleet_router.io import server as server_module
+from kvfleet_router.io import connection as connection_module
 
 GOOD = b"GET /health HTTP/1.1\r\nHost: r\r\n\r\n"
 
@@ -122,7 +122,7 @@ async def test_too_large_a_head_is_refused(bench: Bench) -> None:
 
 
 async def test_bodies_share_one_budget(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "MAX_BUFFERED_BODY_BYTES", 100_000)
+    monkeypatch.setattr(connection_module, "MAX_BUFFERED_BODY_BYTES", 100_000)
     router = await bench.router(await bench.worker())
     slow = await bench.client(router)
     await slow.send(post(b"x" * 80_000)[:1000])
@@ -151,10 +151,10 @@ async def test_more_connections_than_allowed_are_turned_away(bench: Bench) -> No
 @pytest.mark.parametrize(
     ("sent", "limit_s", "status"),
     [
-        (b"", server_module.IDLE_TIMEOUT_S, None),
-        (b"GET /hea", server_module.HEAD_TIMEOUT_S, 408),
-        (post(b"x" * 100)[:-50], server_module.BODY_TIMEOUT_S + 1, 408),
-        (CHUNKED + b"5\r\nab", server_module.BODY_TIMEOUT_S + 1024, 408),
+        (b"", connection_module.IDLE_TIMEOUT_S, None),
+        (b"GET /hea", connection_module.HEAD_TIMEOUT_S, 408),
+        (post(b"x" * 100)[:-50], connection_module.BODY_TIMEOUT_S + 1, 408),
+        (CHUNKED + b"5\r\nab", connection_module.BODY_TIMEOUT_S + 1024, 408),
     ],
     ids=["nothing", "a head's beginning", "half a body", "half a chunk"],
 )
@@ -164,9 +164,9 @@ async def test_slow_clients_are_ended(bench: Bench, sent: bytes, limit_s: float,
     await client.send(sent)
     await eventually(lambda: router.server.connections)
     (connection,) = router.server.connections
-    await eventually(lambda: not sent or connection.buffer or connection.state == server_module.BODY)
+    await eventually(lambda: not sent or connection.buffer or connection.state == connection_module.BODY)
     router.server.sweep(time.monotonic() + limit_s - 2)
-    assert connection.state in (server_module.HEAD, server_module.BODY)
+    assert connection.state in (connection_module.HEAD, connection_module.BODY)
     router.server.sweep(time.monotonic() + limit_s + 2)
     if status is not None:
         assert (await client.answer()).status == status
@@ -181,7 +181,7 @@ async def test_a_head_that_drips_in_does_not_extend_its_time(bench: Bench) -> No
         await client.send(b"X: %d\r\n" % number if number else b"GET /health HTTP/1.1\r\n")
         await eventually(lambda: any(len(c.buffer) >= number * 5 for c in router.server.connections))  # noqa: B023
         router.server.sweep(start + number * 3)
-    router.server.sweep(start + server_module.HEAD_TIMEOUT_S + 1)
+    router.server.sweep(start + connection_module.HEAD_TIMEOUT_S + 1)
     assert (await client.answer()).status == 408
 
 

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvfleet_api.fleetrouter import LimitsSpec
+from kvfleet_router.io.connection import ClientConnection
 from kvfleet_router.io.request import Request
-from kvfleet_router.io.server import ClientConnection, Server
+from kvfleet_router.io.server import Server
 
 
 class Recorder(asyncio.Transport):
