@@ -117,10 +117,8 @@ class Resync:
         ghosts = [manifest for key, manifest in known.items() if key not in present]
         if suspects or ghosts:
             await asyncio.sleep(self._grace_s)
-        missed = [manifest for manifest in suspects if self._behind(key_of(manifest), manifest)]
+        missed = [manifest for manifest in suspects if self._world.put(manifest)]
         gone = [manifest for manifest in ghosts if self._world.get(key_of(manifest)) is manifest]
-        for manifest in missed:
-            self._world.put(manifest)
         for manifest in gone:
             self._world.remove(manifest)
         count = len(missed) + len(gone)

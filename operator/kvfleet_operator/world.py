@@ -1,6 +1,7 @@
 """The observed world: the latest known state of every watched object, fed by watches, listings and own writes.
 
-Objects are kept by resource version, so that an event that comes late never overwrites something newer. The fleet of a
+Objects are kept by resource version, so that what comes late never overwrites something newer; of removed objects uid and
+last version are remembered, so that the answer to a write that a deletion overtook brings nothing back. The fleet of a
 namespace is compiled once per change and shared by all that need it: routers, policies and pools.
 """
 
@@ -28,6 +29,7 @@ Parsed = Resource | list[FieldProblem]
 """An own object as its model, or what is wrong with it."""
 R = TypeVar("R", bound=Resource)
 
+MAX_TOMBSTONES: Final = 10_000
 SCALED: Final = frozenset({"Deployment", "LeaderWorkerSet"})
 """Kinds whose managed fields tell who owns `replicas`."""
 
@@ -37,6 +39,7 @@ class World:
         self._objects: dict[str, dict[tuple[str | None, str], Manifest]] = {}
         self._parsed: dict[Key, Parsed] = {}
         self._fleets: dict[tuple[str, str | None], CompiledFleet] = {}
+        self._gone: dict[str, int] = {}
         self.reports: dict[tuple[str, str], str] = {}
         """(namespace, router pod) → the configuration revision it says it serves with."""
         self.on_change: Callable[[Manifest | None, Manifest], None] = lambda before, after: None
@@ -120,7 +123,9 @@ class World:
     # Writing
 
     def put(self, manifest: Manifest) -> bool:
-        """Take over a newer state. False where what is known is as new or newer."""
+        """Take over a newer state. False where what is known is as new or newer, or the object is known to be gone."""
+        if version(manifest) <= self._gone.get(manifest["metadata"].get("uid") or "", -1):
+            return False
         key = key_of(manifest)
         before = self.get(key)
         if before is not None and not _newer(manifest, before):
@@ -133,6 +138,7 @@ class World:
 
     def remove(self, manifest: Manifest) -> bool:
         """Forget an object that was deleted; a namesake created since stays."""
+        self._bury(manifest)
         key = key_of(manifest)
         before = self.get(key)
         if before is None or before["metadata"].get("uid") != manifest["metadata"].get("uid"):
@@ -143,6 +149,14 @@ class World:
             self.reports.pop((key.namespace, key.name), None)
         self.on_change(before, {**manifest, "metadata": {**manifest["metadata"], "deletionTimestamp": "gone"}})
         return True
+
+    def _bury(self, manifest: Manifest) -> None:
+        """Remember that nothing up to this version counts. A later one does: an object that lost our label was not deleted."""
+        uid = manifest["metadata"].get("uid")
+        if uid is not None:
+            self._gone[uid] = version(manifest)
+            if len(self._gone) > MAX_TOMBSTONES:
+                del self._gone[next(iter(self._gone))]
 
     def _forget(self, key: Key, *, concerns_others: bool) -> None:
         """Drop what was derived from an object's former state."""

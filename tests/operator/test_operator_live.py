@@ -56,6 +56,14 @@ async def test_drift_is_repaired(operator, cluster, make):
     await cluster.until(lambda: cluster.get("Deployment", "llama-workers")["spec"]["replicas"] == 2)
 
 
+async def test_a_child_that_lost_our_labels_gets_them_back(operator, cluster, make):
+    await settled_pool(operator, cluster, make)
+    cluster.edit("Deployment", "llama-workers", lambda found: found["metadata"].pop("labels"))
+    await cluster.until(lambda: cluster.get("Deployment", "llama-workers")["metadata"].get("labels"))
+    cluster.roll_out("llama-workers", ready=1)  # and it is followed as before
+    await cluster.until(lambda: cluster.get("ModelPool", "llama")["status"]["readyReplicas"] == 1)
+
+
 async def test_a_deleted_child_comes_back(operator, cluster, make):
     await settled_pool(operator, cluster, make)
     old = cluster.get("Service", "llama-workers")["metadata"]["uid"]

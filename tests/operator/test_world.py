@@ -36,6 +36,21 @@ def test_the_end_of_a_namesake_does_not_remove_its_successor(world, make):
     assert world.keys("ModelPool") == []
 
 
+def test_the_late_answer_to_a_write_does_not_bring_a_deleted_object_back(world, make):
+    world.put(at(make.pool(), 5))
+    world.remove(at(make.pool(), 9))
+    assert not world.put(at(make.pool(), 8))
+    assert world.keys("ModelPool") == []
+    assert world.put(at(make.pool(), 10, uid="a successor"))
+
+
+def test_what_only_left_the_selector_can_come_back(world, make):
+    world.put(at(make.router_pod(), 5))
+    world.remove(at(make.router_pod(), 6))  # its label was taken away, and the watch ends it so
+    assert not world.put(at(make.router_pod(), 6))
+    assert world.put(at(make.router_pod(), 7))
+
+
 def test_what_is_wrong_with_an_object_is_kept_in_its_place(world, make):
     world.put(at(make.pool(replicas=-1), 1))
     problems = world.parsed(Key("ModelPool", "default", "llama"))
