@@ -68,13 +68,13 @@ class KubernetesSource(ConfigSource):
         self._adapt = adapt
         self._timings = timings
         self._rng = rng or random.Random()
-        self._contacts = {"configmaps": Contact(), "endpointslices": Contact()}
+        self.contacts = {"configmaps": Contact(), "endpointslices": Contact()}
         self._configs = Reflector(
             access,
             f"/api/v1/namespaces/{self._namespace}/configmaps",
             ConfigMap,
             {"fieldSelector": f"metadata.name={self._name}"},
-            self._contacts["configmaps"],
+            self.contacts["configmaps"],
             on_change=lambda _: self._config_map_changed(),
             on_failure=self._use_fallback,
             timings=timings,
@@ -99,8 +99,8 @@ class KubernetesSource(ConfigSource):
         if self._served is not None:
             return ""
         if self._next is not None:
-            return f"waiting for the workers' EndpointSlices: {self._contacts['endpointslices'].reason}"
-        return f"waiting for ConfigMap {self._where}: {self._refused or self._contacts['configmaps'].reason}"
+            return f"waiting for the workers' EndpointSlices: {self.contacts['endpointslices'].reason}"
+        return f"waiting for ConfigMap {self._where}: {self._refused or self.contacts['configmaps'].reason}"
 
     async def run(self, sink: Sink) -> None:
         """Feed `sink` until cancelled."""
@@ -181,7 +181,7 @@ class KubernetesSource(ConfigSource):
             f"/apis/discovery.k8s.io/v1/namespaces/{self._namespace}/endpointslices",
             EndpointSlice,
             {"labelSelector": f"{SERVICE_LABEL} in ({','.join(sorted(services))})"},
-            self._contacts["endpointslices"],
+            self.contacts["endpointslices"],
             on_change=self._slices_changed,
             timings=self._timings,
             rng=self._rng,
@@ -229,7 +229,7 @@ class KubernetesSource(ConfigSource):
         failures = CounterMetricFamily(
             PREFIX + "kubernetes_failures", "Lists and watches that failed, by cause.", labels=("resource", "cause")
         )
-        for resource, contact in self._contacts.items():
+        for resource, contact in self.contacts.items():
             connected.add_metric((resource,), contact.connected)
             if contact.last_at is not None:
                 age.add_metric((resource,), now - contact.last_at)

@@ -33,6 +33,7 @@ log = logging.getLogger("kvfleet.router")
 MAX_EVENT_BYTES = 8 * 1_048_576
 """The API server itself stores objects of at most 1.5 MiB; JSON text in them is escaped once more."""
 MAX_PAGE_BYTES = 64 * 1_048_576
+MAX_REFUSAL_BYTES = 1_048_576
 MAX_OBJECTS = 10_000
 PAGE_OBJECTS = 100
 MAX_REASON_CHARS = 300
@@ -248,7 +249,7 @@ class Reflector(Generic[T]):
         async with request as response:
             await _check(response)
             self._made_contact()
-            lines = Lines()
+            lines = Lines(MAX_EVENT_BYTES)
             async for piece in response.aiter_raw():
                 self._contact.heard()
                 for line in lines.feed(piece):
@@ -289,7 +290,7 @@ def _as_failure(error: Exception) -> Failure:
             return Failure("stalled", "the server fell silent")
         case httpx.HTTPError() | OSError():
             return Failure("unreachable", what)
-        case msgspec.MsgspecError():
+        case msgspec.MsgspecError() | RecursionError():
             return Outdated("bad_answer", f"cannot be understood: {what}")
     log.error("watching the API server: an error nobody foresaw", exc_info=error)
     return Outdated("internal", what)
@@ -308,7 +309,7 @@ async def _check(response: httpx.Response) -> None:
     if response.status_code == 200:
         return
     try:
-        message = msgspec.json.decode(await _whole(response, MAX_EVENT_BYTES), type=_Status).message
+        message = msgspec.json.decode(await _whole(response, MAX_REFUSAL_BYTES), type=_Status).message
     except msgspec.MsgspecError:
         message = ""
     raise _refusal(response.status_code, message, response.headers.get("retry-after", ""))
@@ -326,7 +327,7 @@ async def _whole(response: httpx.Response, limit_bytes: int) -> bytes:
 class Lines:
     """Cuts what arrives in pieces into lines; the last one, if it never ends, is never given out."""
 
-    def __init__(self, limit_bytes: int = MAX_EVENT_BYTES) -> None:
+    def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
         self._buffer = bytearray()
 

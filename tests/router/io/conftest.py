@@ -10,6 +10,8 @@ import uvloop
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from fake_api import FakeApi
+from followers import Cluster
 from scripted import Bench
 
 
@@ -24,3 +26,18 @@ async def bench() -> AsyncIterator[Bench]:
         yield bench
     finally:
         await bench.close()
+
+
+@pytest.fixture
+async def api() -> AsyncIterator[FakeApi]:
+    api = FakeApi()
+    await api.start()
+    try:
+        yield api
+    finally:
+        await api.stop()
+
+
+@pytest.fixture
+async def cluster(api: FakeApi, bench: Bench, tmp_path: Path) -> Cluster:
+    return Cluster(api, bench, tmp_path / "serviceaccount")

@@ -115,7 +115,7 @@ class FakeApi:
     _history: list[tuple[int, str, str, Manifest]] = field(default_factory=list)
     _version: int = 100
     _forgotten: int = 0
-    _scripts: list[tuple[str, bool, Behaviour]] = field(default_factory=list)
+    scripts: list[tuple[str, bool, Behaviour]] = field(default_factory=list)
     _server: asyncio.Server | None = None
     _writers: set[asyncio.StreamWriter] = field(default_factory=set)
 
@@ -192,7 +192,7 @@ class FakeApi:
 
     def once(self, path: str, behaviour: Behaviour, *, watch: bool, times: int = 1) -> None:
         """The next list or watch of `path` is answered so."""
-        self._scripts += [(path, watch, behaviour)] * times
+        self.scripts += [(path, watch, behaviour)] * times
 
     # Serving
 
@@ -211,21 +211,21 @@ class FakeApi:
 
     async def _answer(self, call: Call, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.calls.append(call)
-        for script in self._scripts:
+        for script in self.scripts:
             if script[:2] == (call.path, call.watch):
-                self._scripts.remove(script)
+                self.scripts.remove(script)
                 await script[2](call, writer)
                 return
         if call.token not in self.tokens:
             _reply(writer, 401, {"kind": "Status", "code": 401, "message": "Unauthorized"})
         elif not call.watch:
-            self._list(call, writer)
+            self.answer_list(call, writer)
         elif int(call.query["resourceVersion"]) < self._forgotten:
             _reply(writer, 410, {"kind": "Status", "code": 410, "message": "too old resource version"})
         else:
             await self._watch(call, reader, writer)
 
-    def _list(self, call: Call, writer: asyncio.StreamWriter) -> None:
+    def answer_list(self, call: Call, writer: asyncio.StreamWriter) -> None:
         items = [item for item in self._objects[call.path].values() if _selected(call, item)]
         start, limit = int(call.query.get("continue", "0")), int(call.query["limit"])
         metadata = {"resourceVersion": str(self._version)}
