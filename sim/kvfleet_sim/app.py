@@ -46,7 +46,12 @@ class App:
         self._worker = worker
         self._metrics = metrics
         self._power = power
-        self._reader = RequestReader(tokenizer, config.max_model_len, auto_tool_choice=config.auto_tool_choice)
+        self._reader = RequestReader(
+            tokenizer,
+            config.max_model_len,
+            auto_tool_choice=config.auto_tool_choice,
+            kv_transfer=config.kv_transfer,
+        )
         self._writer = Writer(tokenizer, config.block_tokens, config.seed)
         self.shutting_down = False
         self._routes: dict[str, dict[str, Handler]] = {

@@ -70,6 +70,8 @@ class WorkerConfig:
     adapters: tuple[Adapter, ...] = ()
     max_loras: int = 1
     by_priority: bool = False
+    kv_transfer: bool = False
+    kv_transfer_s_per_token: float = 5e-6
     shutdown_timeout_s: float = 0.0
     stream_interval: int = 1
     api_keys: tuple[str, ...] = ()
@@ -126,6 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
     vllm.add_argument("--lora-modules", nargs="+", metavar="NAME=PATH", help="adapters to begin with")
     vllm.add_argument("--max-loras", type=int, default=1, metavar="N")
     vllm.add_argument("--scheduling-policy", choices=("fcfs", "priority"), default="fcfs")
+    vllm.add_argument("--kv-transfer-config", metavar="JSON", help="any connector: prefill and decode may be apart")
     vllm.add_argument("--shutdown-timeout", type=float, default=0.0, metavar="SECONDS", help="0: abort on SIGTERM")
     vllm.add_argument("--stream-interval", type=int, default=1, metavar="TOKENS")
     vllm.add_argument("--api-key", nargs="+", metavar="KEY", help="default: VLLM_API_KEY")
@@ -136,6 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
     own.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, other words")
     own.add_argument("--startup-seconds", type=float, default=0.0, help="virtual time to load the model before serving")
     own.add_argument("--kv-tokens", type=int, metavar="N", help="KV cache size; default: the profile's")
+    own.add_argument("--kv-transfer-microseconds", type=float, default=5.0, metavar="US", help="per token received")
     own.add_argument("--dcgm-port", type=int, metavar="PORT", help="DCGM metrics at /metrics of this port as well")
     own.add_argument("--pod", default=os.environ.get("POD_NAME", ""), help="label of the DCGM metrics")
     own.add_argument("--namespace", default=os.environ.get("POD_NAMESPACE", ""), help="label of the DCGM metrics")
@@ -170,6 +174,8 @@ def parse(argv: Sequence[str]) -> WorkerConfig:
         adapters=tuple(_adapter(text) for text in args.lora_modules or ()),
         max_loras=args.max_loras,
         by_priority=args.scheduling_policy == "priority",
+        kv_transfer=_kv_transfer(args.kv_transfer_config),
+        kv_transfer_s_per_token=args.kv_transfer_microseconds * 1e-6,
         shutdown_timeout_s=args.shutdown_timeout,
         stream_interval=args.stream_interval,
         api_keys=tuple(args.api_key or filter(None, [os.environ.get("VLLM_API_KEY")])),
@@ -201,6 +207,7 @@ def _check_ranges(config: WorkerConfig, args: argparse.Namespace) -> None:
         "--pipeline-parallel-size": (args.pipeline_parallel_size, 1),
         "--shutdown-timeout": (config.shutdown_timeout_s, 0),
         "--startup-seconds": (config.startup_s, 0),
+        "--kv-transfer-microseconds": (config.kv_transfer_s_per_token, 0),
         "--port": (config.port, 0),
         "--kv-tokens": (config.cost.kv_tokens, 2 * config.block_tokens),
     }
@@ -313,6 +320,16 @@ def _kv_events(text: str | None) -> KvEventsConfig | None:
         if isinstance(value, int) and value < 1:
             raise ConfigError(f"--kv-events-config: {key} must be at least 1, got {value}")
     return KvEventsConfig(**given) if enabled and publisher != "null" else None
+
+
+def _kv_transfer(text: str | None) -> bool:
+    try:
+        given = {} if text is None else json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"--kv-transfer-config is not JSON: {error}") from None
+    if not isinstance(given, dict):
+        raise ConfigError("--kv-transfer-config must be a JSON object")
+    return given.get("kv_connector") is not None
 
 
 def _adapter(text: str) -> Adapter:

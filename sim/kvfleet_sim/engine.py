@@ -146,8 +146,8 @@ class Engine:
             return self._time_after(self._decoding.steps_to_finish())
         return math.nextafter(self.clock_s, math.inf)
 
-    def submit(self, request: Request, now_s: float) -> None:
-        """Put a request into the waiting queue. Raises ValueError where it can never be served."""
+    def check(self, request: Request) -> None:
+        """Raises ValueError where a request can never be served."""
         if request.state is not State.NEW:
             raise ValueError(f"request {request.id!r} was submitted before")
         if request.prompt_tokens < 1 or request.output_tokens < 1:
@@ -157,6 +157,10 @@ class Engine:
                 f"request {request.id!r} has {request.prompt_tokens} prompt and {request.output_tokens} output tokens, "
                 f"the KV cache holds {self.capacity_tokens}: shorten it or give the engine more KV tokens"
             )
+
+    def submit(self, request: Request, now_s: float) -> None:
+        """Put a request into the waiting queue. Raises ValueError where it can never be served."""
+        self.check(request)
         if not self.has_work and self._pending is None:
             self._wake(now_s)
         request.arrival_s = now_s
@@ -260,6 +264,9 @@ class Engine:
             request.scheduled_s = now_s
             self.stats.prefix_queries += request.prompt_tokens
             self.stats.prefix_hits += request.cached_tokens
+            if request.remote_tokens:
+                self.stats.external_queries += request.prompt_tokens - request.cached_tokens
+                self.stats.external_hits += request.received_tokens
 
     def _take_prefilled(self, prefilled: list[Request], end_s: float) -> list[Request]:
         """Give these their token; those that needed but this one are finished, the others decode from now on."""
@@ -270,6 +277,7 @@ class Engine:
                 request.first_token_s = end_s
                 self.stats.prompt_tokens += request.prompt_tokens
                 self.stats.prompt_tokens_cached += request.cached_tokens
+                self.stats.prompt_tokens_received += request.received_tokens
             if request.generated == request.output_tokens:
                 self._finish(request, end_s)
                 finished.append(request)

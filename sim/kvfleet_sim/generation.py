@@ -71,8 +71,9 @@ class Job:
 
     @property
     def cached_tokens(self) -> int:
-        """Of the first choice of each prompt."""
-        return sum(choice.request.cached_tokens for choice in self.choices[:: self.params.n])
+        """Of the first choice of each prompt; what another engine sent counts as cached, as in vLLM."""
+        requests = [choice.request for choice in self.choices[:: self.params.n]]
+        return sum(request.cached_tokens + request.received_tokens for request in requests)
 
 
 class Writer:
@@ -112,6 +113,7 @@ class Writer:
             block_keys=block_keys(tokens, self._block_tokens, root),
             priority=params.priority,
             lora=lora,
+            remote_tokens=len(prompt) if params.remote_prefill else 0,
         )
         choice = Choice(job, index, tokens, len(prompt), text, ends[:count], stop_reason, request)
         request.payload = choice

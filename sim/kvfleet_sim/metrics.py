@@ -178,7 +178,9 @@ class WorkerMetrics:
             "request_prefill_time_seconds": request.first_token_s - request.scheduled_s,
             "request_decode_time_seconds": decode_s,
             "request_num_preemptions": request.preemptions,
-            "request_prefill_kv_computed_tokens": request.prompt_tokens - request.cached_tokens,
+            "request_prefill_kv_computed_tokens": request.prompt_tokens
+            - request.cached_tokens
+            - request.received_tokens,
         }
         for name, value in observations.items():
             self.histograms[name].observe(value)
@@ -226,7 +228,8 @@ class WorkerMetrics:
 
     def _counters(self) -> Iterator[Metric]:
         stats = self._engine.stats
-        computed = stats.prompt_tokens - stats.prompt_tokens_cached
+        received = stats.prompt_tokens_received
+        computed = stats.prompt_tokens - stats.prompt_tokens_cached - received
         yield self._counter("prefix_cache_queries", "Prefix cache queries, in tokens.", stats.prefix_queries)
         yield self._counter("prefix_cache_hits", "Prefix cache hits, in tokens.", stats.prefix_hits)
         yield self._counter("num_preemptions", "Cumulative number of preemption from the engine.", stats.preemptions)
@@ -234,17 +237,18 @@ class WorkerMetrics:
         sources = {
             "local_compute": computed,
             "local_cache_hit": stats.prompt_tokens_cached,
-            "external_kv_transfer": 0,
+            "external_kv_transfer": received,
         }
         yield self._counter("prompt_tokens_by_source", "Number of prompt tokens by source.", sources, "source")
-        cached = stats.prompt_tokens_cached
+        cached = stats.prompt_tokens_cached + received
         yield self._counter("prompt_tokens_cached", "Number of cached prompt tokens (local + external).", cached)
-        tiers = {"device": cached, "host": 0, "p2p": 0, "disk": 0, "external_unspecified": 0}
+        device = stats.prompt_tokens_cached
+        tiers = {"device": device, "host": 0, "p2p": received, "disk": 0, "external_unspecified": 0}
         help_text = "Prefix-cache hit tokens by the cache tier that supplied them."
         yield self._counter("prompt_tokens_cached_by_source", help_text, tiers, "source")
         help_text = "External prefix cache {} from KV connector cross-instance cache sharing, in tokens."
-        yield self._counter("external_prefix_cache_queries", help_text.format("queries"), 0)
-        yield self._counter("external_prefix_cache_hits", help_text.format("hits"), 0)
+        yield self._counter("external_prefix_cache_queries", help_text.format("queries"), stats.external_queries)
+        yield self._counter("external_prefix_cache_hits", help_text.format("hits"), stats.external_hits)
         generated = stats.generation_tokens
         yield self._counter("generation_tokens", "Number of generation tokens processed.", generated)
         help_text = "Count of successfully processed requests."

@@ -52,6 +52,10 @@ class Generate:
     priority: int = 0
     seed: int = 0
     cache_salt: str | None = None
+    remote_prefill: bool = False
+    """Another engine computed the prompt (vLLM: kv_transfer_params.do_remote_prefill)."""
+    remote_decode: bool = False
+    """Another engine will go on from here (kv_transfer_params.do_remote_decode)."""
     embedding: str | None = None
     """Not text but a vector is wanted, in this encoding: `float` or `base64`."""
 
@@ -170,7 +174,10 @@ class Fields:
 class RequestReader:
     """Reads the bodies of /v1/chat/completions and /v1/completions for one model."""
 
-    def __init__(self, tokenizer: Tokenizer, max_model_len: int, *, auto_tool_choice: bool) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, max_model_len: int, *, auto_tool_choice: bool, kv_transfer: bool = False
+    ) -> None:
+        self._kv_transfer = kv_transfer
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
         self._auto_tool_choice = auto_tool_choice
@@ -281,6 +288,7 @@ class RequestReader:
             )
         if logprobs is not None and not 0 <= logprobs <= MAX_LOGPROBS:
             raise ApiError(400, f"logprobs must be from 0 to {MAX_LOGPROBS}, got {logprobs}.", param="logprobs")
+        transfer = Fields(fields.object("kv_transfer_params") or {}, "body.kv_transfer_params")
         salt = fields.string("cache_salt")
         if salt == "":
             message = "Parameter 'cache_salt' must be a non-empty string if provided. (parameter=cache_salt)"
@@ -301,6 +309,8 @@ class RequestReader:
             priority=fields.integer("priority", 0),
             seed=fields.integer("seed", 0),
             cache_salt=salt,
+            remote_prefill=self._kv_transfer and transfer.boolean("do_remote_prefill"),
+            remote_decode=self._kv_transfer and transfer.boolean("do_remote_decode"),
         )
 
     def _check_lengths(self, asked: int | None, default: int, prompt_tokens: int) -> int:

@@ -29,6 +29,8 @@ class Request:
     priority: int = 0
     """Lower goes first, under priority scheduling."""
     lora: str | None = None
+    remote_tokens: int = 0
+    """Leading prompt tokens whose KV entries another engine has sent: nobody computes them here."""
     payload: object = None
     """The caller's own; the engine never looks at it."""
 
@@ -42,6 +44,8 @@ class Request:
     finish_s: float | None = None
     cached_tokens: int = 0
     """Prompt tokens found in the prefix cache when it was first scheduled."""
+    received_tokens: int = 0
+    """Prompt tokens, beyond the cached ones, that were taken from the other engine."""
     computed_tokens: int = 0
     """Tokens whose KV entries exist, while prefilling."""
     generated: int = 0
@@ -116,6 +120,10 @@ class EngineStats:
     prompt_tokens: int = 0
     """Prompt tokens of requests that got their first token."""
     prompt_tokens_cached: int = 0
+    prompt_tokens_received: int = 0
+    external_queries: int = 0
+    """Tokens asked from other engines, as prefix queries."""
+    external_hits: int = 0
     generation_tokens: int = 0
     preemptions: int = 0
     finished: int = 0

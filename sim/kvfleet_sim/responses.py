@@ -138,7 +138,21 @@ class Responses:
         if chat:
             ids = job.params.prompts[0].tolist() if job.params.return_token_ids else None
             body |= {"prompt_logprobs": None, "prompt_token_ids": ids, "prompt_text": None}
-        return orjson.dumps(body | {"kv_transfer_params": None, "ec_transfer_params": None, "metrics": None})
+        transfer = self._transfer_params(job) if job.params.remote_decode else None
+        return orjson.dumps(body | {"kv_transfer_params": transfer, "ec_transfer_params": None, "metrics": None})
+
+    def _transfer_params(self, job: Job) -> dict[str, Any]:
+        """What the router hands to the engine that decodes. Where the blocks lie matters to real engines only."""
+        return {
+            "do_remote_prefill": True,
+            "do_remote_decode": False,
+            "remote_block_ids": [],
+            "remote_engine_id": self._fingerprint,
+            "remote_request_id": job.id,
+            "remote_host": None,
+            "remote_port": None,
+            "tp_size": 1,
+        }
 
     def _chat_choice(self, choice: Choice) -> dict[str, Any]:
         count = choice.sent_tokens

@@ -199,6 +199,7 @@ class Scheduler:
         request.computed_tokens = len(hits) * self.cache.block_tokens
         if not request.preemptions:
             request.cached_tokens = request.computed_tokens
+            request.received_tokens = self._chunk_start(request) - request.computed_tokens
         request.state = State.PREFILL
         self.running[request] = None
         if request.lora is not None:
@@ -206,11 +207,11 @@ class Scheduler:
 
     def _chunk(self, request: Request, budget: int, plan: Schedule) -> int:
         """Compute the prompt's next tokens, for which blocks are free. Returns how many."""
-        start = request.computed_tokens
+        start = self._chunk_start(request)
         total = request.prompt_tokens + request.generated
         end = min(total, start + budget)
         request.blocks += self.cache.allocate(self._blocks_missing(request, budget))
-        self._store(request, start // self.cache.block_tokens, end // self.cache.block_tokens)
+        self._store(request, request.computed_tokens // self.cache.block_tokens, end // self.cache.block_tokens)
         request.computed_tokens = end
         plan.chunks.append((end - start, end))
         if end == total:
@@ -220,8 +221,13 @@ class Scheduler:
             self._prefilling = request
         return end - start
 
+    def _chunk_start(self, request: Request) -> int:
+        """The first token to compute. What another engine sent is there, but lost with a preemption."""
+        received = 0 if request.preemptions else min(request.remote_tokens, request.prompt_tokens - 1)
+        return max(request.computed_tokens, received)
+
     def _blocks_missing(self, request: Request, budget: int) -> int:
-        end = min(request.prompt_tokens + request.generated, request.computed_tokens + budget)
+        end = min(request.prompt_tokens + request.generated, self._chunk_start(request) + budget)
         return -(-end // self.cache.block_tokens) - len(request.blocks)
 
     def _store(self, request: Request, first: int, end: int) -> None:

@@ -84,6 +84,7 @@ class Server:
             speed=config.speed,
             stream_interval=config.stream_interval,
             publish=self.publisher.publish if self.publisher is not None else None,
+            transfer_s_per_token=config.kv_transfer_s_per_token,
         )
         self.app = App(config, tokenizer, models, self.worker, metrics, power)
         if config.dcgm_port is not None:

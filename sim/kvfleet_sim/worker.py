@@ -37,7 +37,9 @@ class Worker:
         speed: float,
         stream_interval: int,
         publish: Callable[[KvBatch], None] | None,
+        transfer_s_per_token: float = 0.0,
     ) -> None:
+        self._transfer_s_per_token = transfer_s_per_token
         self.engine = engine
         self._responses = responses
         self._metrics = metrics
@@ -67,22 +69,28 @@ class Worker:
         return len(self._jobs)
 
     def submit(self, job: Job) -> None:
-        """Queue all choices of a job. Raises ValueError, and queues none, where the engine can never serve one."""
-        now_s = self.now_s
-        if self._current is None:
-            self._power.mark(now_s)
-        try:
-            for choice in job.choices:
-                self.engine.submit(choice.request, now_s)
-        except ValueError:
-            for choice in job.choices:
-                self.engine.abort(choice.request)
-            raise
+        """Accept a job. Raises ValueError where the engine can never serve one of its choices."""
+        for choice in job.choices:
+            self.engine.check(choice.request)
         self._jobs.add(job)
         self.idle.clear()
         job.exchange.on_close = lambda: self._forget(job)
         if job.params.stream:
             job.exchange.start_events()
+        if job.params.remote_prefill:
+            received_s = self._transfer_s_per_token * job.prompt_tokens / self._speed
+            self._loop.call_later(received_s, self._enqueue, job)
+        else:
+            self._enqueue(job)
+
+    def _enqueue(self, job: Job) -> None:
+        if job not in self._jobs:  # its client left, or the server is shutting down
+            return
+        now_s = self.now_s
+        if self._current is None:
+            self._power.mark(now_s)
+        for choice in job.choices:
+            self.engine.submit(choice.request, now_s)
         if self._current is None:
             self._start_step(now_s)
 

@@ -40,6 +40,8 @@ class Arrival:
     priority: int
     lora: str | None
     keyed_output: bool
+    remote: bool
+    """Its prompt was computed by another engine."""
     abort_after: int | None
     """Aborted when so many further requests have arrived."""
 
@@ -68,7 +70,13 @@ class Workload:
         tokens = arrival.prompt_tokens + (arrival.output_tokens if arrival.keyed_output else 0)
         keys = [arrival.family * 10_000 + index for index in range(tokens // self.block_tokens)]
         return Request(
-            number, arrival.prompt_tokens, arrival.output_tokens, keys, priority=arrival.priority, lora=arrival.lora
+            number,
+            arrival.prompt_tokens,
+            arrival.output_tokens,
+            keys,
+            priority=arrival.priority,
+            lora=arrival.lora,
+            remote_tokens=arrival.prompt_tokens if arrival.remote else 0,
         )
 
 
@@ -81,6 +89,7 @@ ARRIVALS = st.builds(
     priority=st.integers(-2, 2),
     lora=st.sampled_from([None, None, "a", "b", "c"]),
     keyed_output=st.booleans(),
+    remote=st.sampled_from([False, False, True]),
     abort_after=st.sampled_from([None, None, None, 0, 1, 3]),
 )
 WORKLOADS = st.builds(
