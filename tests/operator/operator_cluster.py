@@ -117,7 +117,7 @@ class Cluster(kmock.KubernetesScaffold):
         found = self.get(kind, name, namespace) or {}
         return {c["type"]: c for c in found.get("status", {}).get("conditions", [])}
 
-    async def until(self, check, timeout_s=10.0):
+    async def until(self, check, timeout_s=30.0):
         """Wait until `check()` is true of the stored objects; it is evaluated after every change."""
         async with asyncio.timeout(timeout_s):
             while not (result := check()):

@@ -74,7 +74,7 @@ async def watching(cluster):
 
 async def poll(check):
     """For what no stored object tells: look again whenever the loop has turned a little."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(30):
         while not check():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 
