@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ from harness.diagnosis import describe
 from harness.kube import Kube, wait_until
 from harness.sentences import Given, Story, Then, When
 from harness.settings import SettingsError
+from support.installation import Installation
 
 NAMESPACE_GONE_S = 60
 
@@ -56,6 +57,26 @@ def story(request: pytest.FixtureRequest, cluster: Cluster, tmp_path: Path) -> I
         kube.close()
 
 
+@pytest.fixture(scope="session")
+def installation(
+    request: pytest.FixtureRequest, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Installation]:
+    """The session's release of the chart, not yet installed. It leaves the CRDs to the cluster."""
+    release = Installation(cluster, tmp_path_factory.mktemp("installation"))
+    yield release
+    try:
+        if not request.config.getoption("--keep"):
+            release.uninstall()
+    finally:
+        release.close()
+
+
+@pytest.fixture
+def kvfleet(installation: Installation) -> Installation:
+    """The session's release, installed and at work."""
+    return installation.ensure()
+
+
 @pytest.fixture
 def given(story: Story) -> Given:
     return Given(story)
@@ -76,11 +97,26 @@ def kube(story: Story) -> Kube:
     return story.kube
 
 
+@pytest.fixture
+def tells(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Has a measurement shown at the end of the run, whether or not the test passes."""
+
+    def tell(sentence: str) -> None:
+        request.config.stash.setdefault(_measurements, []).append(f"{request.node.name}: {sentence}")
+
+    return tell
+
+
 _failed = pytest.StashKey[bool]()
 _farewell = pytest.StashKey[str]()
+_measurements = pytest.StashKey[list[str]]()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if measurements := config.stash.get(_measurements, []):
+        terminalreporter.section("measured")
+        for line in measurements:
+            terminalreporter.write_line(line)
     if farewell := config.stash.get(_farewell, ""):
         terminalreporter.write_line(farewell)
 
@@ -88,10 +124,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    story = getattr(item, "funcargs", {}).get("story")
+    fixtures = getattr(item, "funcargs", {})
+    story = fixtures.get("story")
     if report.when == "call" and report.failed and story is not None:
         item.stash[_failed] = True
         report.sections.append(("cluster", describe(story.cluster, story.kube.namespace)))
+        for namespace in {each.namespace for each in fixtures.values() if isinstance(each, Installation)}:
+            report.sections.append(("kvfleet", describe(story.cluster, namespace)))
     return report
 
 

@@ -73,11 +73,15 @@ class Kube:
         applied: Object = answer.to_dict()
         return applied
 
-    def patch(self, kind: str, name: str, patch: Mapping[str, Any], subresource: str = "") -> None:
-        """A JSON merge patch."""
+    def patch(self, kind: str, name: str, patch: Mapping[str, Any], subresource: str = "") -> Object:
+        """A JSON merge patch; the object as it is then."""
         resource = self._resource(kind)
         target = getattr(resource, subresource) if subresource else resource
-        target.patch(name=name, body=dict(patch), content_type="application/merge-patch+json", **self._where(kind))
+        answer = target.patch(
+            name=name, body=dict(patch), content_type="application/merge-patch+json", **self._where(kind)
+        )
+        patched: Object = answer.to_dict()
+        return patched
 
     def delete(self, kind: str, name: str, grace_s: int | None = None) -> None:
         body: Object = {"propagationPolicy": "Background"}
