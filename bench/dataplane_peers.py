@@ -1,0 +1,143 @@
+"""The routers that `dataplane.py` can measure, and how each is started."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass
+class Router:
+    """How to start one. `command` gets its port, an admin port, the workers' ports and a directory for files."""
+
+    name: str
+    command: Callable[[int, int, Sequence[int], Path], list[str]]
+    samples: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    problem: str = ""
+
+
+def urls(ports: Sequence[int]) -> list[str]:
+    return [f"http://127.0.0.1:{port}" for port in ports]
+
+
+def kvfleet(strategy: str) -> Router:
+    def command(port: int, admin: int, workers: Sequence[int], directory: Path) -> list[str]:
+        listen = ["--host", "127.0.0.1", "--port", str(port), "--admin-port", str(admin), "--log-level", "warning"]
+        return [
+            sys.executable,
+            "-m",
+            "kvfleet",
+            "router",
+            *listen,
+            "--workers",
+            ",".join(urls(workers)),
+            "--strategy",
+            strategy,
+        ]
+
+    return Router(f"kvfleet {strategy}", command)
+
+
+NGINX = """daemon off; master_process off; worker_processes 1; pid {directory}/nginx.pid; error_log {directory}/nginx.log;
+events {{ worker_connections 4096; }}
+http {{
+  access_log off; client_max_body_size 64m; client_body_buffer_size 1m; client_body_temp_path {directory};
+  proxy_temp_path {directory}; fastcgi_temp_path {directory}; uwsgi_temp_path {directory}; scgi_temp_path {directory};
+  keepalive_requests 1000000000; tcp_nodelay on;
+  upstream workers {{ {servers} keepalive 512; keepalive_requests 1000000000; }}
+  server {{
+    listen 127.0.0.1:{port};
+    location / {{ proxy_pass http://workers; proxy_http_version 1.1; proxy_set_header Connection ""; proxy_buffering off; }}
+  }}
+}}
+"""
+HAPROXY = """global
+  nbthread 1
+  maxconn 4096
+defaults
+  mode http
+  option http-no-delay
+  timeout connect 5s
+  timeout client 60s
+  timeout server 60s
+listen router
+  bind 127.0.0.1:{port}
+  balance roundrobin
+  http-reuse always
+{servers}
+"""
+ENVOY = """
+static_resources:
+  listeners:
+  - address: {{socket_address: {{address: 127.0.0.1, port_value: {port}}}}}
+    filter_chains:
+    - filters:
+      - name: envoy.filters.network.http_connection_manager
+        typed_config:
+          "@type": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager
+          stat_prefix: router
+          route_config:
+            virtual_hosts:
+            - {{name: all, domains: ["*"], routes: [{{match: {{prefix: "/"}}, route: {{cluster: workers, timeout: 0s}}}}]}}
+          http_filters:
+          - name: envoy.filters.http.router
+            typed_config: {{"@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router}}
+  clusters:
+  - name: workers
+    type: STATIC
+    lb_policy: ROUND_ROBIN
+    load_assignment:
+      cluster_name: workers
+      endpoints: [{{lb_endpoints: [{servers}]}}]
+"""
+
+
+def configured(name: str, program: str, arguments: Sequence[str], template: str, server: str, suffix: str) -> Router:
+    """A proxy that is told everything by a file: `{file}` among its arguments."""
+
+    def command(port: int, admin: int, workers: Sequence[int], directory: Path) -> list[str]:
+        servers = "\n".join(server.format(port=worker) for worker in workers)
+        if suffix == ".yaml":
+            servers = servers.replace("\n", ",")
+        path = directory / f"{name}{suffix}"
+        path.write_text(template.format(port=port, servers=servers, directory=directory))
+        return [program, *(argument.replace("{file}", str(path)) for argument in arguments)]
+
+    return Router(name, command)
+
+
+def rust_gateway(name: str, program: Sequence[str], policy: str) -> Router:
+    def command(port: int, admin: int, workers: Sequence[int], directory: Path) -> list[str]:
+        arguments = ["--host", "127.0.0.1", "--port", str(port), "--worker-urls", *urls(workers), "--policy", policy]
+        metrics = ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(admin)]
+        return [*program, *arguments, *metrics, "--log-level", "warn" if "sglang" in name else "warning"]
+
+    return Router(f"{name} {policy}", command)
+
+
+def peers(venvs: Sequence[Path]) -> dict[str, Router]:
+    """Every peer found on this machine."""
+    found = []
+    system = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin"))
+    if program := shutil.which("nginx", path=system):
+        found.append(configured("nginx", program, ["-c", "{file}"], NGINX, "server 127.0.0.1:{port};", ".conf"))
+    if program := shutil.which("haproxy", path=system):
+        found.append(
+            configured("haproxy", program, ["-f", "{file}"], HAPROXY, "  server w{port} 127.0.0.1:{port}", ".cfg")
+        )
+    for venv in venvs:
+        for program in venv.glob("lib/python3*/site-packages/envoy/_bin/envoy"):
+            endpoint = "{{endpoint: {{address: {{socket_address: {{address: 127.0.0.1, port_value: {port}}}}}}}}}"
+            options = ["--disable-hot-restart", "--concurrency", "1", "-l", "warn", "-c", "{file}"]
+            found.append(configured("envoy", str(program), options, ENVOY, endpoint, ".yaml"))
+        if list(venv.glob("lib/python3*/site-packages/sglang_router")):
+            launch = [str(venv / "bin/python"), "-m", "sglang_router.launch_router"]
+            found += [rust_gateway("sglang-router", launch, policy) for policy in ("round_robin", "cache_aware")]
+        if (venv / "bin/vllm-router").exists():
+            launch = [str(venv / "bin/vllm-router")]
+            found += [rust_gateway("vllm-router", launch, policy) for policy in ("round_robin", "cache_aware")]
+    return {router.name: router for router in found}
