@@ -6,7 +6,8 @@
 
 A configuration and the workers of a pool it brings are thus never apart: no request meets a pool that is there but seems
 empty. Both watches go on by themselves (`kubernetes_watch`): while the API server is away nothing changes, and the router
-serves with what it knows. A configuration that cannot be served is reported, and the old one stays.
+serves with what it knows. Once it is back it may call every worker lost for a while; that is doubted (`kubernetes_slices`).
+A configuration that cannot be served is reported, and the old one stays.
 
 At the start the router takes no requests before it knows a configuration and all its workers; `unready` says what is missing.
 If the ConfigMap cannot be read then, the copy that the kubelet mounted (`fallback`) is taken in its place until it can be.
@@ -29,7 +30,7 @@ from kvfleet_api.fleetconfig import FLEET_CONFIG_KEY, FleetConfig
 from kvfleet_router.core.worker import WorkerEndpoint
 from kvfleet_router.io.config_source import ConfigRejected, ConfigSource, Sink, parse_config, read_config
 from kvfleet_router.io.kubernetes_access import Access, AccessError
-from kvfleet_router.io.kubernetes_slices import SERVICE_LABEL, EndpointSlice, workers
+from kvfleet_router.io.kubernetes_slices import SERVICE_LABEL, EndpointSlice, Readiness, workers
 from kvfleet_router.io.kubernetes_watch import Contact, Metadata, Reflector, Timings
 from kvfleet_router.io.metrics import PREFIX
 
@@ -92,6 +93,9 @@ class KubernetesSource(ConfigSource):
         self._served: FleetConfig | None = None
         self._given: dict[str, list[WorkerEndpoint]] = {}
         """Pool → its workers as the sink knows them."""
+        self._readiness: dict[str, Readiness] = {}
+        """By pool."""
+        self._doubt_ends: asyncio.TimerHandle | None = None
 
     @property
     def unready(self) -> str:
@@ -105,8 +109,12 @@ class KubernetesSource(ConfigSource):
     async def run(self, sink: Sink) -> None:
         """Feed `sink` until cancelled."""
         self._sink = sink
-        async with asyncio.TaskGroup() as self._group:
-            self._group.create_task(self._configs.run())
+        try:
+            async with asyncio.TaskGroup() as self._group:
+                self._group.create_task(self._configs.run())
+        finally:
+            if self._doubt_ends is not None:
+                self._doubt_ends.cancel()
 
     @property
     def _where(self) -> str:
@@ -162,6 +170,7 @@ class KubernetesSource(ConfigSource):
             return
         self._served, self._refused = config, ""
         self._given.clear()
+        self._readiness = {pool.name: self._readiness.get(pool.name, Readiness()) for pool in config.pools}
 
     def _refuse(self, reason: str) -> None:
         """The ConfigMap as it is cannot be served; what was served stays, and what waited is out of date."""
@@ -201,13 +210,22 @@ class KubernetesSource(ConfigSource):
         for pool in self._served.pools:
             if pool.service is None or pool.endpoints or (services is not None and pool.service not in services):
                 continue
-            now = workers(self._slices.objects.values(), pool.service)
-            if now != self._given.get(pool.name):
-                self._given[pool.name] = now
-                self._sink.take_endpoints(pool.name, now)
-                leaving = sum(worker.terminating for worker in now)
-                ready = sum(worker.ready and not worker.terminating for worker in now)
-                log.info("pool %s: %d workers, %d of them ready, %d leaving", pool.name, len(now), ready, leaving)
+            readiness = self._readiness[pool.name]
+            found = readiness.judge(workers(self._slices.objects.values(), pool.service), time.monotonic())
+            if found != self._given.get(pool.name):
+                self._given[pool.name] = found
+                self._sink.take_endpoints(pool.name, found)
+                _log_workers(pool.name, found, readiness.doubted)
+        self._doubt_on()
+
+    def _doubt_on(self) -> None:
+        """Look again when the next doubt ends."""
+        if self._doubt_ends is not None:
+            self._doubt_ends.cancel()
+        ends = [readiness.due for readiness in self._readiness.values() if readiness.due is not None]
+        delay_s = min(ends) - time.monotonic() if ends else None
+        loop = asyncio.get_running_loop()
+        self._doubt_ends = None if delay_s is None else loop.call_later(delay_s, self._give)
 
     # Metrics
 
@@ -229,6 +247,13 @@ class KubernetesSource(ConfigSource):
         failures = CounterMetricFamily(
             PREFIX + "kubernetes_failures", "Lists and watches that failed, by cause.", labels=("resource", "cause")
         )
+        doubted = GaugeMetricFamily(
+            PREFIX + "kubernetes_doubted_workers",
+            "Workers used though the API server calls none of their pool ready any more.",
+            labels=("pool",),
+        )
+        for pool, readiness in self._readiness.items():
+            doubted.add_metric((pool,), len(readiness.doubted))
         for resource, contact in self.contacts.items():
             connected.add_metric((resource,), contact.connected)
             if contact.last_at is not None:
@@ -236,10 +261,20 @@ class KubernetesSource(ConfigSource):
             lists.add_metric((resource,), contact.lists)
             for cause, count in contact.failures.items():
                 failures.add_metric((resource, cause), count)
-        yield from (connected, age, lists, failures)
+        yield from (connected, age, lists, failures, doubted)
 
 
 def _services(config: FleetConfig | None) -> frozenset[str]:
     """Those whose slices list workers of `config`."""
     pools: Iterable[str | None] = (pool.service for pool in config.pools if not pool.endpoints) if config else ()
     return frozenset(service for service in pools if service)
+
+
+def _log_workers(pool: str, found: Sequence[WorkerEndpoint], doubted: Sequence[str]) -> None:
+    ready = sum(worker.ready and not worker.terminating for worker in found)
+    leaving = sum(worker.terminating for worker in found)
+    log.info("pool %s: %d workers, %d of them ready, %d leaving", pool, len(found), ready, leaving)
+    if doubted:
+        log.warning(
+            "pool %s: all workers are called not ready at once; used on for a while: %s", pool, ", ".join(doubted)
+        )

@@ -7,6 +7,11 @@ its conditions mean here:
     ready (or not said)    gets requests
     otherwise              gets none, whatever else there is: an engine that loads its model answers nothing
 
+That some workers are not ready any more is believed at once; that all of a pool are, only after DOUBT_S (`Readiness`): while
+the API server or its store was away nodes could not report, so once it is back they are all called lost, with every pod on
+them, until they have reported; for half a minute nobody could be used, though all are well. Those that are not fail when
+used, and the circuit breakers see it. A worker that never was ready is never used.
+
 An endpoint in two slices is terminating if either says so, and ready only if both do. With two address families the first
 in FAMILIES counts. Ports are found by their names; an endpoint without the HTTP port, or whose address is no IP address
 that a pod can have, is left out.
@@ -30,6 +35,8 @@ HTTP_PORT, KV_EVENTS_PORT, KV_REPLAY_PORT = "http", "kv-events", "kv-replay"
 """Names of the ports in the pools' headless Services."""
 MAX_WORKERS = 8192
 """Of one pool; more are left out."""
+DOUBT_S = 60.0
+"""Kubelets report every 10 s, and three things have to be reported in turn: the lease, the node, its pods."""
 _POD_NAME = re.compile(r"[a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?")
 """Names go into headers of answers, and nobody checks what a slice made by hand refers to."""
 
@@ -122,3 +129,29 @@ def _host(address: str) -> str:
     if ip.is_unspecified or ip.is_link_local or ip.is_multicast or getattr(ip, "scope_id", None):
         return ""
     return f"[{ip}]" if ip.version == 6 else str(ip)
+
+
+class Readiness:
+    """Of one pool's workers, as they are told from time to time; see the module's text."""
+
+    def __init__(self) -> None:
+        self._ready: set[tuple[str, str]] = set()
+        """(name, URL) of those called ready."""
+        self._lost_at: dict[tuple[str, str], float] = {}
+        """Of those still there that were called ready, and are so no more."""
+        self.doubted: list[str] = []
+        """Names of workers used though they are not called ready."""
+        self.due: float | None = None
+        """When to judge again though nothing new is told."""
+
+    def judge(self, told: list[WorkerEndpoint], now: float) -> list[WorkerEndpoint]:
+        """How the workers shall be treated."""
+        staying = {(worker.name, worker.url): worker for worker in told if not worker.terminating}
+        ready = {key for key, worker in staying.items() if worker.ready}
+        lost = dict.fromkeys(self._ready - ready, now) | self._lost_at
+        self._lost_at = {key: at for key, at in lost.items() if key in staying and key not in ready}
+        self._ready = ready
+        ends = {} if ready else {key: at + DOUBT_S for key, at in self._lost_at.items() if now < at + DOUBT_S}
+        self.doubted = sorted(name for name, _ in ends)
+        self.due = min(ends.values(), default=None)
+        return [replace(worker, ready=True) if (worker.name, worker.url) in ends else worker for worker in told]

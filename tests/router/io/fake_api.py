@@ -182,6 +182,7 @@ class FakeApi:
     def forget(self) -> None:
         """What happened until now cannot be watched any more."""
         self._history.clear()
+        self._version += 1
         self._forgotten = self._version
 
     def watching(self, path: str) -> list[Watch]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from kvfleet_router.core.worker import WorkerEndpoint
 from kvfleet_router.io import kubernetes_slices
-from kvfleet_router.io.kubernetes_slices import EndpointSlice, workers
+from kvfleet_router.io.kubernetes_slices import DOUBT_S, EndpointSlice, Readiness, workers
 
 SERVICE = "pool-workers"
 
@@ -178,3 +178,63 @@ def test_whatever_slices_hold_workers_can_be_reached_and_told_apart(slices: list
         assert 0 < parts.port < 65536
         assert worker.name.isascii()
         assert worker.name.isprintable()
+
+
+# Whether all of a pool can have lost their readiness
+
+
+def judged(readiness: Readiness, now: float, **states: str) -> str:
+    """Names of the workers to be used; states by name: ready, lost, leaving."""
+    told = [
+        WorkerEndpoint(name, f"http://{name}:1", ready=state == "ready", terminating=state == "leaving")
+        for name, state in states.items()
+    ]
+    found = readiness.judge(told, now)
+    assert [worker.name for worker in found] == list(states)
+    assert [worker.terminating for worker in found] == [state == "leaving" for state in states.values()]
+    return " ".join(worker.name for worker in found if worker.ready and not worker.terminating)
+
+
+def test_one_workers_loss_is_believed_at_once_and_all_of_them_only_after_a_while() -> None:
+    readiness = Readiness()
+    assert judged(readiness, 0, a="ready", b="ready") == "a b"
+    assert judged(readiness, 1, a="lost", b="ready") == "b"
+    assert readiness.due is None
+    assert judged(readiness, 2, a="lost", b="lost") == "a b"
+    assert readiness.doubted == ["a", "b"]
+    assert readiness.due == 1 + DOUBT_S
+    assert judged(readiness, 1 + DOUBT_S, a="lost", b="lost") == "b"
+    assert judged(readiness, 2 + DOUBT_S, a="lost", b="lost") == ""
+    assert readiness.due is None
+
+
+def test_the_first_that_is_ready_again_ends_the_doubt() -> None:
+    readiness = Readiness()
+    judged(readiness, 0, a="ready", b="ready")
+    assert judged(readiness, 1, a="lost", b="lost") == "a b"
+    assert judged(readiness, 2, a="ready", b="lost") == "a"
+    assert judged(readiness, 3, a="ready", b="ready") == "a b"
+    assert judged(readiness, 100, a="lost", b="lost") == "a b", "a new loss, a new doubt"
+
+
+def test_who_never_was_ready_or_is_leaving_or_is_another_is_not_used() -> None:
+    readiness = Readiness()
+    assert judged(readiness, 0, loading="lost") == ""
+    judged(readiness, 1, a="ready", b="ready", loading="lost")
+    assert judged(readiness, 2, a="lost", b="leaving", loading="lost") == "a"
+    replaced = [WorkerEndpoint("a", "http://elsewhere:1", ready=False)]
+    assert readiness.judge(replaced, 3) == replaced
+    assert judged(readiness, 4, a="leaving") == ""
+
+
+@given(st.lists(st.dictionaries(st.sampled_from("abc"), st.sampled_from(["ready", "lost", "leaving"])), max_size=12))
+def test_doubt_adds_no_worker_where_one_is_ready_and_always_ends(history: list[dict[str, str]]) -> None:
+    readiness = Readiness()
+    for now, states in enumerate(history):
+        used = set(judged(readiness, now, **states).split())
+        ready = {name for name, state in states.items() if state == "ready"}
+        assert used == ready or (not ready and used == set(readiness.doubted))
+        assert used <= {name for name, state in states.items() if state != "leaving"}
+        assert (readiness.due is None) == (not readiness.doubted)
+    last = history[-1] if history else {}
+    assert not judged(readiness, len(history) + DOUBT_S, **dict.fromkeys(last, "lost")) or "ready" in last.values()

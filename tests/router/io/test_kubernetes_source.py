@@ -12,6 +12,7 @@ from fake_api import CONFIG_MAPS, SLICES, Call, FakeApi, answering, config_map, 
 from followers import Cluster, in_pool, in_two_pools, names, served
 from scripted import STREAM_END, STREAM_HEAD, Bench, Seen, chat_body, event, eventually, fleet, post
 
+from kvfleet_router.io import kubernetes_slices
 from kvfleet_router.io.kubernetes import KubernetesSource
 from kvfleet_router.io.kubernetes_access import AccessError
 
@@ -166,6 +167,31 @@ async def test_a_worker_that_is_not_ready_is_not_used_though_there_is_no_other(
     assert not worker.requests
     api.put(SLICES, endpoint_slice("w-0", worker.port, ready=True))
     await eventually(lambda: app.dispatcher.workers()[0].state == "ready")
+    assert await served(bench, app) == "w-0"
+
+
+async def test_that_all_workers_are_lost_at_once_is_doubted_for_a_while(
+    cluster: Cluster, api: FakeApi, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after an outage of the API server, when no node could report."""
+    monkeypatch.setattr(kubernetes_slices, "DOUBT_S", 0.4)
+    workers = [await bench.worker(), await bench.worker()]
+    api.put(CONFIG_MAPS, config_map(in_pool()))
+    for number, worker in enumerate(workers):
+        api.put(SLICES, endpoint_slice(f"w-{number}", worker.port))
+    app = await cluster.router()
+    await eventually(lambda: not app.unready and api.watching(SLICES))
+    for number, worker in enumerate(workers):
+        api.put(SLICES, endpoint_slice(f"w-{number}", worker.port, ready=False, serving=False))
+    doubted = 'kvfleet_router_kubernetes_doubted_workers{pool="static"}'
+    async with asyncio.timeout(10):
+        while (await bench.metrics(app))[doubted] != 2:
+            await served(bench, app)
+    assert {await served(bench, app) for _ in range(4)} == {"w-0", "w-1"}
+    await eventually(lambda: {worker.state for worker in app.dispatcher.workers()} == {"not_ready"})
+    assert (await bench.ask(app, post(chat_body()))).status == 503
+    api.put(SLICES, endpoint_slice("w-0", workers[0].port))
+    await eventually(lambda: "ready" in {worker.state for worker in app.dispatcher.workers()})
     assert await served(bench, app) == "w-0"
 
 
