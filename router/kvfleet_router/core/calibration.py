@@ -3,10 +3,14 @@
     prefill   g = observed / predicted prefill time, sums that fade by 1 % a sample
     decode    W and H of the step time W + H·n, by fading least squares over (sequences in the step, step time)
     prompts   bytes per token of a model, from the engine's reported prompt_tokens
-    answers   mean output length per model and tenant
+    answers   output lengths of a model: mean per tenant, and how many are short
 
-Every estimate starts from a prior (the AcceleratorProfile's figures, or what the pool's other workers taught) that counts
-as a few samples, so that one odd request moves little, and stays within bounds that no real engine leaves.
+A pool's workers are alike, so g, W and H are the pool's. A worker is taken to be like its pool until its own samples say
+that it is clearly faster or slower (throttled, a noisy neighbour): small differences are noise, and to follow them would
+send every request of a quiet fleet to whichever worker looks a little faster.
+
+Every estimate starts from a prior (the AcceleratorProfile's figures) that counts as a few samples, so that one odd request
+moves little, and stays within bounds that no real engine leaves.
 """
 
 from __future__ import annotations
@@ -20,12 +24,19 @@ PREFILL_PRIOR_S = 0.5
 """The prior counts as this much observed prefill time."""
 PREFILL_FACTOR_BOUNDS = (0.05, 20.0)
 
-STEP_PRIOR_SAMPLES = 4.0
-STEP_PRIOR_SEQUENCES = (1.0, 32.0)
-"""The step-time prior counts as samples at these numbers of sequences: it fixes both W and H."""
+STEP_PRIOR_SAMPLES = 2.0
+STEP_PRIOR_SPREAD = 512.0
+"""Sum of squared deviations of the batch size below which samples teach the level of the step time and not its slope."""
 STEP_FACTOR_BOUNDS = (0.1, 10.0)
 STEP_SAMPLE_FACTOR = 2.0
 """A single sample moves the fit no further than if it were off by this factor: an outlier is most likely no decode step."""
+
+PUBLISH_CHANGE = 0.02
+"""Workers take over the pool's figures when they have changed by this much."""
+ALIKE_WITHIN = 0.25
+"""A worker is like its pool as long as its times are within this of what the pool's figures predict."""
+PREFILL_ALIKE_PRIOR_S = 1.0
+STEP_ALIKE_PRIOR_S = 0.1
 
 DEFAULT_BYTES_PER_TOKEN = 4.0
 BYTES_PER_TOKEN_BOUNDS = (0.5, 32.0)
@@ -44,19 +55,17 @@ def _within(value: float, bounds: tuple[float, float]) -> float:
 
 
 class Calibration:
-    """Prefill factor g and decode coefficients W, H of one worker, or of a pool as the prior of its workers."""
+    """Prefill factor g and decode coefficients W, H of a pool."""
 
     __slots__ = (
         "_observed_s",
         "_predicted_s",
-        "_prior_factor",
-        "_prior_h",
-        "_prior_w",
         "_profile_h",
         "_profile_w",
         "_sums",
         "decode_error",
         "decode_samples",
+        "prefill_error",
         "prefill_factor",
         "prefill_samples",
         "step_s",
@@ -65,63 +74,65 @@ class Calibration:
 
     def __init__(self, step_s: float, step_s_per_sequence: float) -> None:
         self._profile_w, self._profile_h = step_s, step_s_per_sequence
-        self._prior_w, self._prior_h = step_s, step_s_per_sequence
-        self._prior_factor = 1.0
-        self._observed_s = self._predicted_s = 0.0
+        self._observed_s = self._predicted_s = PREFILL_PRIOR_S
         self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)
         self.prefill_factor = 1.0
         self.step_s, self.step_s_per_sequence = step_s, step_s_per_sequence
         self.prefill_samples = self.decode_samples = 0
-        self.decode_error = 0.0
-        """Mean relative error of the predicted step time, fading."""
-
-    def child(self) -> Calibration:
-        """A worker's calibration, starting from what this pool has learned."""
-        child = Calibration(self._profile_w, self._profile_h)
-        child._prior_factor = child.prefill_factor = self.prefill_factor
-        child._prior_w = child.step_s = self.step_s
-        child._prior_h = child.step_s_per_sequence = self.step_s_per_sequence
-        return child
+        self.prefill_error = self.decode_error = 0.0
+        """Mean relative errors of the predicted times, fading: the smaller, the more the predictions can be trusted."""
 
     def observe_prefill(self, predicted_s: float, observed_s: float) -> None:
         """A prompt predicted (with factor 1) to prefill in `predicted_s` took `observed_s`."""
+        expected = self.prefill_factor * predicted_s
+        self.prefill_error += 0.05 * (min(abs(observed_s - expected) / max(expected, 1e-9), 1.0) - self.prefill_error)
         self._predicted_s = FADE * self._predicted_s + predicted_s
         self._observed_s = FADE * self._observed_s + max(observed_s, 0.0)
-        ratio = (self._observed_s + PREFILL_PRIOR_S * self._prior_factor) / (self._predicted_s + PREFILL_PRIOR_S)
-        self.prefill_factor = _within(ratio, PREFILL_FACTOR_BOUNDS)
+        prior = PREFILL_PRIOR_S
+        self.prefill_factor = _within((self._observed_s + prior) / (self._predicted_s + prior), PREFILL_FACTOR_BOUNDS)
         self.prefill_samples += 1
 
     def observe_steps(self, sequences: float, step_s: float) -> None:
         """Steps with `sequences` on average took `step_s` each, context and prefill time taken off."""
         predicted = self.step_s + self.step_s_per_sequence * sequences
         step_s = _within(step_s, (predicted / STEP_SAMPLE_FACTOR, predicted * STEP_SAMPLE_FACTOR))
-        self.decode_error += 0.05 * (abs(step_s - predicted) / max(predicted, 1e-9) - self.decode_error)
+        self.decode_error += 0.05 * (abs(step_s - predicted) / predicted - self.decode_error)
         count, n, nn, y, ny = self._sums
-        self._sums = (
+        self._sums = count, n, nn, y, ny = (
             FADE * count + 1.0,
             FADE * n + sequences,
             FADE * nn + sequences * sequences,
             FADE * y + step_s,
             FADE * ny + sequences * step_s,
         )
-        self._solve()
+        low, high = STEP_FACTOR_BOUNDS
+        spread, covariance = max(nn - n * n / count, 0.0), ny - n * y / count
+        slope = (covariance + STEP_PRIOR_SPREAD * self._profile_h) / (spread + STEP_PRIOR_SPREAD)
+        self.step_s_per_sequence = h = _within(slope, (low * self._profile_h, high * self._profile_h))
+        level = (y - h * n + STEP_PRIOR_SAMPLES * self._profile_w) / (count + STEP_PRIOR_SAMPLES)
+        self.step_s = _within(level, (low * self._profile_w, high * self._profile_w))
         self.decode_samples += 1
 
-    def _solve(self) -> None:
-        """Least squares over the samples and the prior's; H from the spread, W from the mean."""
-        count, n, nn, y, ny = self._sums
-        for sequences in STEP_PRIOR_SEQUENCES:
-            prior = self._prior_w + self._prior_h * sequences
-            count += STEP_PRIOR_SAMPLES
-            n += STEP_PRIOR_SAMPLES * sequences
-            nn += STEP_PRIOR_SAMPLES * sequences * sequences
-            y += STEP_PRIOR_SAMPLES * prior
-            ny += STEP_PRIOR_SAMPLES * sequences * prior
-        slope = (count * ny - n * y) / (count * nn - n * n)  # the prior's two places keep the divisor positive
-        low, high = STEP_FACTOR_BOUNDS
-        h = _within(slope, (low * self._profile_h, high * self._profile_h))
-        self.step_s_per_sequence = h
-        self.step_s = _within((y - h * n) / count, (low * self._profile_w, high * self._profile_w))
+    def figures(self) -> tuple[float, float, float]:
+        """(g, W, H) as learned so far."""
+        return self.prefill_factor, self.step_s, self.step_s_per_sequence
+
+
+class Deviation:
+    """How much slower one worker is than its pool's figures say, for prefill or for decode: 1 while it is alike."""
+
+    __slots__ = ("_expected_s", "_observed_s", "factor")
+
+    def __init__(self, prior_s: float) -> None:
+        """Being alike counts as `prior_s` of observed time."""
+        self._observed_s = self._expected_s = prior_s
+        self.factor = 1.0
+
+    def observe(self, expected_s: float, observed_s: float) -> None:
+        self._expected_s = FADE * self._expected_s + expected_s
+        self._observed_s = FADE * self._observed_s + max(observed_s, 0.0)
+        ratio = self._observed_s / self._expected_s
+        self.factor = 1.0 if abs(ratio - 1.0) <= ALIKE_WITHIN else _within(ratio, STEP_FACTOR_BOUNDS)
 
 
 class TokenRatio:

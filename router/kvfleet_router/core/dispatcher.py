@@ -75,23 +75,32 @@ class Dispatcher:
         self._fleet.configure(config.pools, self._block_bytes, itl_slos, now)
         built = [(policy, self._registry[policy.strategy](policy)) for policy in config.policies]
         self._routes = Routes(built, self._fleet)
+        self._ejected = {worker for worker in self._ejected if not worker.removed}
         self.config = config
-        for held in self._placement.queue.all():
-            self._placement.requeue(held, self._routes.find(held.arrival.parsed), now)
+        self._placement.reroute(self._routes.find, now)
         self._placement.pump(None, now)
 
     def set_endpoints(self, pool: str, endpoints: Sequence[WorkerEndpoint]) -> None:
-        """The pool's workers from now on. Pools with static `endpoints` get them from the configuration itself."""
+        """The pool's workers from now on; ValueError with nothing changed where a URL is none. Pools with static `endpoints`
+        get them from the configuration itself."""
         now = self._clock()
         self._ejected.difference_update(self._fleet.set_endpoints(pool, endpoints, now))
         self._placement.pump(None, now)
 
     def _check(self, config: FleetConfig) -> None:
         pools = [pool.name for pool in config.pools]
-        for kind, names in (("pools", pools), ("policies", [policy.name for policy in config.policies])):
+        endpoints = [endpoint.name for pool in config.pools for endpoint in pool.endpoints]
+        policies = [policy.name for policy in config.policies]
+        for kind, names in (("pools", pools), ("policies", policies), ("endpoints", endpoints)):
             repeated = sorted({name for name in names if names.count(name) > 1})
             if repeated:
                 raise ConfigError(f"{kind}: {', '.join(repeated)} defined more than once: keep one each")
+        for pool in config.pools:
+            for endpoint in pool.endpoints:
+                try:
+                    _ = WorkerEndpoint(endpoint.name, endpoint.url).address
+                except ValueError as error:
+                    raise ConfigError(f"pool {pool.name}: {error}") from None
         for policy in config.policies:
             if policy.strategy not in self._registry:
                 known = ", ".join(sorted(self._registry))

@@ -45,8 +45,12 @@ class HoldQueue:
     def first(self, lane: Lane, count: int) -> list[Held]:
         return [held for _, held in self._lanes.get(lane, [])[:count]]
 
-    def all(self) -> list[Held]:
-        return [held for entries in self._lanes.values() for _, held in entries]
+    def drain(self) -> list[Held]:
+        """Take everybody out, most urgent first."""
+        entries = sorted(entry for entries in self._lanes.values() for entry in entries)
+        self._lanes, self._tenants, self._expiries = {}, {}, []
+        self._depths.clear()
+        return [held for _, held in entries]
 
     def add(self, held: Held) -> Held | None:
         """Queue the request. Returns whoever has to leave for it: None, another, or the newcomer itself."""

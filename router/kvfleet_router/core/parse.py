@@ -63,13 +63,13 @@ class ParsedRequest:
     model: str
     """Empty: the client named none."""
     stream: bool = False
-    prompt: bytes = b""
+    prompt: bytes = field(default=b"", repr=False)
     """The prompt's bytes in the engine's order (tools, then messages); emptied by the dispatcher once hashed."""
     prompt_bytes: int = 0
     """Length of the prompt. With given `block_hashes`: 4 bytes for each token."""
     prompt_tokens: int | None = None
     """Exact, where the request carries token ids (or a simulator knows)."""
-    block_hashes: list[int] | None = None
+    block_hashes: list[int] | None = field(default=None, repr=False)
     """Chained hashes of the whole blocks (`prefix.blockBytes` each) of the prompt, if known already."""
     max_output_tokens: int | None = None
     sequences: int = 1
@@ -80,7 +80,7 @@ class ParsedRequest:
     tenant: str = ""
     cache_salt: str | None = None
     include_usage: bool = False
-    headers: Mapping[bytes, bytes] = field(default_factory=dict)
+    headers: Mapping[bytes, bytes] = field(default_factory=dict, repr=False)
     """Lower-case names."""
 
 

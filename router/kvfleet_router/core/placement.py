@@ -14,11 +14,13 @@ from collections import deque
 from collections.abc import Callable
 from heapq import heappop, heappush
 from math import ceil
+from typing import NamedTuple
 
 from kvfleet_router.core.choose import Choice, choose
 from kvfleet_router.core.decisions import Outcome, Try
 from kvfleet_router.core.energy import marginal_joules, watts
 from kvfleet_router.core.holdqueue import HoldQueue
+from kvfleet_router.core.parse import ParsedRequest
 from kvfleet_router.core.pool import Fleet
 from kvfleet_router.core.predict import backlog_s, ttft_parts
 from kvfleet_router.core.routes import Candidates, Lane
@@ -27,9 +29,22 @@ from kvfleet_router.core.worker import Worker
 
 OnAssigned = Callable[[Ticket | Refusal], None]
 
-TRIES_PER_PUMP = 16
+TRIES_PER_PUMP = 8
 """Held requests of a lane decided again at one event: bounds the work."""
+RESCAN_S = 0.002
+"""Pause after deciding in vain: where each of them waits for a busy worker, not every event changes that."""
 RETRY_AFTER_BOUNDS_S = (1, 60)
+
+
+class Waits(NamedTuple):
+    """Not decided: the request stays at the router."""
+
+    own_s: float
+    """Its own prefill time on the worker it would have got."""
+
+
+NO_ROOM = Waits(0.0)
+"""No worker may have it at all, for now."""
 
 
 class Placement:
@@ -53,9 +68,7 @@ class Placement:
         lane = arrival.lane
         if not self.queue.waiting(lane):
             decided = self._decide(arrival, now)
-            if not isinstance(decided, float):
-                return decided
-            return self._hold(arrival, on_assigned, decided, now)
+            return self._hold(arrival, on_assigned, decided.own_s, now) if isinstance(decided, Waits) else decided
         held = self._hold(arrival, on_assigned, 0.0, now)
         answer: Ticket | Refusal | Held = held
         for other, result in self._decide_held(lane, now):
@@ -65,17 +78,17 @@ class Placement:
                 self._outbox.append((other.on_assigned, result))
         return answer
 
-    def requeue(self, held: Held, lane: Lane | Refusal, now: float) -> None:
-        """The configuration changed while it waited."""
-        self.queue.remove(held)
-        if isinstance(lane, Refusal):
-            self.dismiss(held, lane, now)
-            return
-        held.arrival.lane = lane
-        held.waiting = True
-        leaver = self.queue.add(held)
-        if leaver is not None:
-            self.dismiss(leaver, self._overloaded(leaver.arrival), now)
+    def reroute(self, find: Callable[[ParsedRequest], Lane | Refusal], now: float) -> None:
+        """The configuration changed: those who wait move to the lane that takes them now."""
+        for held in self.queue.drain():
+            lane = find(held.arrival.parsed)
+            if isinstance(lane, Refusal):
+                self.dismiss(held, lane, now)
+                continue
+            held.arrival.lane = lane
+            leaver = self.queue.add(held)
+            if leaver is not None:
+                self.dismiss(leaver, self._overloaded(leaver.arrival), now)
 
     def dismiss(self, held: Held, refusal: Refusal, now: float) -> None:
         """Refuse a request that waited and is out of the queue."""
@@ -130,15 +143,14 @@ class Placement:
 
     # -- inside -----------------------------------------------------------------------------------------------------------
 
-    def _decide(self, arrival: Arrival, now: float) -> Ticket | Refusal | float:
-        """A float: not now; its own prefill time, as far as known."""
+    def _decide(self, arrival: Arrival, now: float) -> Ticket | Refusal | Waits:
         lane = arrival.lane
         config, policy = lane.config, lane.policy
         candidates = lane.candidates(arrival, self._rng)
         if candidates is None:
             resort = lane.last_resort(arrival)
             if resort is None:
-                return 0.0
+                return NO_ROOM
             if isinstance(resort, Refusal):
                 self.record_refusal(arrival, resort, now)
                 return resort
@@ -148,12 +160,12 @@ class Placement:
             if config.energy_mode == "Strict" and config.max_watts is not None:
                 within = _within_power(candidates, lane, config.max_watts)
                 if within is None:
-                    return 0.0
+                    return NO_ROOM
                 candidates = within
         choice = choose(arrival, candidates, self._fleet.index, self._fleet.table, self._rng, now)
         backlog, own, step, kv_wait = ttft_parts(arrival, choice.worker, choice.cached_tokens, now)
         if policy.hold_above_s is not None and backlog > policy.hold_above_s and config.admission.max_queue:
-            return own
+            return Waits(own)
         return self._assign(arrival, choice, backlog + own + step + kv_wait, now)
 
     def _assign(self, arrival: Arrival, choice: Choice, predicted_ttft_s: float, now: float) -> Ticket:
@@ -206,21 +218,25 @@ class Placement:
 
     def _decide_held(self, lane: Lane, now: float) -> list[tuple[Held, Ticket | Refusal]]:
         """Decide the lane's most urgent requests again; those decided have left the queue."""
-        if not self._has_room(lane, now):
+        if now < lane.rescan_at or not self._has_room(lane, now):
             return []
         for held in self.queue.first(lane, TRIES_PER_PUMP):
             if now + held.own_s > held.arrival.deadline:
                 self.queue.give_up_hope(held)
         decided = []
+        backlogged = False
         for held in self.queue.first(lane, TRIES_PER_PUMP):
             result = self._decide(held.arrival, now)
-            if isinstance(result, float):
-                held.own_s = result
+            if isinstance(result, Waits):
+                held.own_s = result.own_s
+                backlogged = backlogged or result is not NO_ROOM
                 continue
             self.queue.remove(held)
             decided.append((held, result))
             if not self._has_room(lane, now):
                 break
+        if backlogged and not decided:
+            lane.rescan_at = now + RESCAN_S
         return decided
 
     def _has_room(self, lane: Lane, now: float) -> bool:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from kvfleet_api.cost import CostModel
 from kvfleet_api.fleetconfig import PoolConfig
-from kvfleet_router.core.calibration import Calibration, OutputLengths, TokenRatio
+from kvfleet_router.core.calibration import PUBLISH_CHANGE, Calibration, OutputLengths, TokenRatio
 from kvfleet_router.core.columns import Table
 from kvfleet_router.core.energy import pack_target, watts
 from kvfleet_router.core.index import PrefixIndex
@@ -39,8 +40,7 @@ class Pool:
         self.workers: dict[str, Worker] = {}
         self.load = 0.0
         """Mean of its workers: 0 idle, 1 at the edge of the ITL SLO."""
-        self.calibration = Calibration(config.cost.step_s, config.cost.step_s_per_sequence)
-        self.cost = config.cost
+        self._start_learning(config.cost)
         self.adopt(config, stats, block_bytes, itl_slo_s)
 
     def adopt(self, config: PoolConfig, stats: ModelStats, block_bytes: int, itl_slo_s: float) -> None:
@@ -51,11 +51,24 @@ class Pool:
         self.itl_slo_s = itl_slo_s
         self.served = frozenset([config.model, *config.adapters])
         if config.cost != self.cost:
-            self.cost = config.cost
-            self.calibration = Calibration(config.cost.step_s, config.cost.step_s_per_sequence)
-            for worker in self.workers.values():
-                worker.calibration = self.calibration.child()
+            self._start_learning(config.cost)
         self._fit_blocks()
+
+    def _start_learning(self, cost: CostModel) -> None:
+        self.cost = cost
+        self.calibration = Calibration(cost.step_s, cost.step_s_per_sequence)
+        self.prefill_factor, self.step_s, self.step_s_per_sequence = self.calibration.figures()
+        for worker in self.workers.values():
+            worker.start_learning()
+
+    def publish(self) -> None:
+        """Let all workers take over what was learned, once it has changed noticeably."""
+        published = (self.prefill_factor, self.step_s, self.step_s_per_sequence)
+        learned = self.calibration.figures()
+        if any(abs(new - old) > PUBLISH_CHANGE * old for new, old in zip(learned, published, strict=True)):
+            self.prefill_factor, self.step_s, self.step_s_per_sequence = learned
+            for worker in self.workers.values():
+                worker.adopt_costs()
 
     def fit_blocks_if_moved(self) -> None:
         """Follow the learned bytes per token once they have moved noticeably."""
@@ -87,17 +100,15 @@ class Pool:
 
     def unloaded_ttft_s(self, prompt_tokens: float) -> float:
         """TTFT of an uncached prompt on an idle worker."""
-        learned = self.calibration
-        return learned.prefill_factor * self.cost.prefill_s(prompt_tokens, prompt_tokens) + learned.step_s
+        return self.prefill_factor * self.cost.prefill_s(prompt_tokens, prompt_tokens) + self.step_s
 
     def pack_target(self) -> int:
         """[b*] Sequences to fill a worker with before another one is used."""
-        learned = self.calibration
         context = self.stats.mean_prompt_tokens + self.stats.outputs.mean
         return pack_target(
             self.cost,
-            step_s=learned.step_s,
-            step_s_per_sequence=learned.step_s_per_sequence,
+            step_s=self.step_s,
+            step_s_per_sequence=self.step_s_per_sequence,
             itl_slo_s=self.itl_slo_s,
             context_tokens=context,
         )
@@ -151,11 +162,11 @@ class Fleet:
         self.version += 1
 
     def set_endpoints(self, pool_name: str, endpoints: Sequence[WorkerEndpoint], now: float) -> list[Worker]:
-        """The pool's workers from now on; returns those removed. An unknown pool has none."""
+        """The pool's workers from now on; returns those removed. An unknown pool has none. ValueError: nothing changed."""
         pool = self.pools.get(pool_name)
         if pool is None:
             return []
-        listed = {endpoint.name: endpoint for endpoint in endpoints}
+        listed = {endpoint.name: endpoint for endpoint in endpoints if endpoint.address}
         removed = []
         for worker in list(pool.workers.values()):
             endpoint = listed.get(worker.name)

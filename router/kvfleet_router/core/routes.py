@@ -47,7 +47,10 @@ class Lane:
         self.config = config
         self.policy = policy
         self.model = model
+        self.rescan_at = 0.0
+        """Held requests of the lane are not decided again before."""
         self._fleet = fleet
+        self._headers = [(match.name.lower().encode(), match.value.encode()) for match in config.headers]
         self._built: dict[tuple[str, ...], tuple[int, Candidates]] = {}
         tiers: dict[int, list[tuple[Pool, int]]] = {}
         for ref in config.pools:
@@ -69,7 +72,7 @@ class Lane:
             parsed.priority < priority.min or (priority.max is not None and parsed.priority > priority.max)
         ):
             return False
-        return all(parsed.headers.get(h.name.lower().encode()) == h.value.encode() for h in config.headers)
+        return all(parsed.headers.get(name) == value for name, value in self._headers)
 
     def candidates(self, arrival: Arrival, rng: random.Random) -> Candidates | None:
         """The usable workers of the lowest tier that has any. Strategies blind to cost get one pool, drawn by weight."""

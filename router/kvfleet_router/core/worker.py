@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from kvfleet_router.core.breaker import Breaker
+from kvfleet_router.core.calibration import PREFILL_ALIKE_PRIOR_S, STEP_ALIKE_PRIOR_S, Deviation
 from kvfleet_router.core.ticket import CLOSED, DECODING, PENDING, Ticket
 
 if TYPE_CHECKING:
@@ -44,6 +45,17 @@ class WorkerEndpoint:
     """`tcp://host:port` where the engine publishes its KV events."""
     kv_replay_url: str | None = None
 
+    @property
+    def address(self) -> tuple[str, int]:
+        """(host, port). Raises ValueError where the URL is none."""
+        try:
+            parts = urlsplit(self.url)
+            if parts.scheme == "http" and parts.hostname:
+                return parts.hostname, parts.port or 80
+        except ValueError:
+            pass
+        raise ValueError(f"endpoint {self.name}: {self.url!r} is no URL of the form http://host:port")
+
 
 class Worker:
     """Identity, health, accounting. Attributes below the line are derived: `_refresh` writes them after each event."""
@@ -62,7 +74,6 @@ class Worker:
         "backlog_s",
         "breaker",
         "cache",
-        "calibration",
         "context_token_joules",
         "context_token_seconds",
         "context_tokens",
@@ -85,6 +96,8 @@ class Worker:
         "pool",
         "pool_state",
         "port",
+        "prefill_deviation",
+        "prefill_factor",
         "prefill_s_per_token",
         "prefill_s_per_token_pair",
         "prefill_seconds",
@@ -94,6 +107,7 @@ class Worker:
         "removed",
         "sent_requests",
         "sequence_seconds",
+        "step_deviation",
         "step_now_s",
         "step_s",
         "step_s_per_context_token",
@@ -110,14 +124,12 @@ class Worker:
         self.endpoint = endpoint
         self.name = endpoint.name
         self.url = endpoint.url
-        address = urlsplit(endpoint.url)
-        self.host = address.hostname or ""
-        self.port = address.port or 80
+        self.host, self.port = endpoint.address
         self.pool = pool.name
         self.pool_state = pool
         self.cache = cache
         self._stale = stale
-        self.calibration = pool.calibration.child()
+        self.start_learning()
         self.breaker = Breaker()
         self.removed = False
         self.contradictions = 0
@@ -194,7 +206,7 @@ class Worker:
         self._end_prefill(ticket)
         self._last_first_token = self.head_since = now
         self._boundary_exact = not presumed
-        prefill_s = ticket.prefill_s * self.calibration.prefill_factor
+        prefill_s = ticket.prefill_s * self.prefill_factor
         self.prefill_seconds += prefill_s
         decayed = self.prefill_share * exp((self.prefill_share_at - now) / PREFILL_SHARE_WINDOW_S)
         self.prefill_share = decayed + prefill_s / PREFILL_SHARE_WINDOW_S
@@ -258,18 +270,25 @@ class Worker:
         context = (self.context_token_seconds - ticket.context_token_seconds_at_start) / duration
         step = duration / (tokens - 1) * (1.0 - in_prefill) - self.step_s_per_context_token * context
         if step > 0:
-            self.calibration.observe_steps(sequences, step)
+            self.step_deviation.observe(self.pool_state.step_s + self.pool_state.step_s_per_sequence * sequences, step)
             self.pool_state.calibration.observe_steps(sequences, step)
+            self.pool_state.publish()
             self.adopt_costs()
 
+    def start_learning(self) -> None:
+        """Take it to be like its pool."""
+        self.prefill_deviation = Deviation(PREFILL_ALIKE_PRIOR_S)
+        self.step_deviation = Deviation(STEP_ALIKE_PRIOR_S)
+
     def adopt_costs(self) -> None:
-        """Take the pool's cost model and this worker's calibration into the figures policies read."""
-        cost, learned = self.pool_state.cost, self.calibration
-        self.step_s = learned.step_s
-        self.step_s_per_sequence = learned.step_s_per_sequence
+        """Take the pool's cost model, what the pool has learned, and this worker's deviation into the figures policies read."""
+        pool, cost = self.pool_state, self.pool_state.cost
+        self.step_s = pool.step_s * self.step_deviation.factor
+        self.step_s_per_sequence = pool.step_s_per_sequence * self.step_deviation.factor
         self.step_s_per_context_token = cost.step_s_per_context_token
-        self.prefill_s_per_token = learned.prefill_factor * cost.prefill_s_per_token
-        self.prefill_s_per_token_pair = learned.prefill_factor * cost.prefill_s_per_token_pair
+        self.prefill_factor = pool.prefill_factor * self.prefill_deviation.factor
+        self.prefill_s_per_token = self.prefill_factor * cost.prefill_s_per_token
+        self.prefill_s_per_token_pair = self.prefill_factor * cost.prefill_s_per_token_pair
         self.step_tokens_s = max(cost.max_step_tokens * self.prefill_s_per_token, MIN_STEP_S)
         self.kv_tokens = float(cost.kv_tokens)
         self.max_sequences = cost.max_sequences
@@ -306,12 +325,13 @@ class Worker:
             return
         if self.kv_used_tokens > self.kv_tokens or self.decoding + self.pending > self.max_sequences:
             return  # it waited for room, not for compute
-        raw_step_tokens_s = self.step_tokens_s / self.calibration.prefill_factor
+        raw_step_tokens_s = self.step_tokens_s / self.prefill_factor
         steps = 1.0 + ticket.prefill_s / raw_step_tokens_s
         observed = now - max(ticket.sent_at, self._last_first_token) - steps * self.step_now_s
-        observed = min(observed, 0.1 + 8.0 * self.calibration.prefill_factor * ticket.prefill_s)
-        self.calibration.observe_prefill(ticket.prefill_s, observed)
+        observed = min(observed, 0.1 + 8.0 * self.prefill_factor * ticket.prefill_s)
+        self.prefill_deviation.observe(self.pool_state.prefill_factor * ticket.prefill_s, observed)
         self.pool_state.calibration.observe_prefill(ticket.prefill_s, observed)
+        self.pool_state.publish()
         self.adopt_costs()
 
     def _refresh(self) -> None:
@@ -321,7 +341,7 @@ class Worker:
         in_step = self.step_s_per_sequence * self.decoding + self.step_s_per_context_token * self.context_tokens
         self.step_now_s = max(self.step_s + in_step, MIN_STEP_S)
         self.inflation = 1.0 + self.step_now_s / self.step_tokens_s
-        factor = self.calibration.prefill_factor
+        factor = self.prefill_factor
         self.backlog_s = factor * self._pending_raw_s
         self.head_prefill_s = factor * next(iter(self._pending.values())).prefill_s if self._pending else 0.0
         block_tokens = self.pool_state.block_tokens

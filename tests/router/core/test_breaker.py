@@ -1,0 +1,47 @@
+"""The circuit breaker: opens after consecutive failures, probes after a pause that doubles."""
+
+from kvfleet_router.core.breaker import FIRST_PAUSE_S, LONGEST_PAUSE_S, MAX_CONSECUTIVE_FAILURES, Breaker
+
+
+def open_breaker():
+    breaker = Breaker()
+    opened = [breaker.failure(0.0) for _ in range(MAX_CONSECUTIVE_FAILURES)]
+    assert opened == [False] * (MAX_CONSECUTIVE_FAILURES - 1) + [True]
+    return breaker
+
+
+def test_a_success_between_failures_keeps_it_closed():
+    breaker = Breaker()
+    for _ in range(10):
+        assert not breaker.failure(0.0)
+        assert not breaker.failure(0.0)
+        assert not breaker.success()
+    assert breaker.open_until is None
+
+
+def test_probation_begins_after_the_pause_and_a_success_closes_the_circuit():
+    breaker = open_breaker()
+    assert not breaker.elapsed(FIRST_PAUSE_S / 2)
+    assert breaker.elapsed(FIRST_PAUSE_S)
+    assert breaker.on_probation
+    assert not breaker.elapsed(FIRST_PAUSE_S)
+    assert breaker.success()
+    assert (breaker.on_probation, breaker.open_until) == (False, None)
+
+
+def test_a_failure_on_probation_opens_it_for_twice_as_long_up_to_a_limit():
+    breaker, now, pauses = open_breaker(), 0.0, []
+    for _ in range(10):
+        pauses.append(breaker.open_until - now)
+        now = breaker.open_until
+        assert breaker.elapsed(now)
+        assert breaker.failure(now)
+    assert pauses[:4] == [FIRST_PAUSE_S, 2 * FIRST_PAUSE_S, 4 * FIRST_PAUSE_S, 8 * FIRST_PAUSE_S]
+    assert max(pauses) == LONGEST_PAUSE_S
+
+
+def test_failures_of_requests_still_in_flight_do_not_prolong_the_pause():
+    breaker = open_breaker()
+    until = breaker.open_until
+    assert not breaker.failure(0.5)
+    assert breaker.open_until == until

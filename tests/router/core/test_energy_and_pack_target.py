@@ -1,0 +1,108 @@
+"""Joules of a request, watts of a pool, how full a worker should be, and the power budget."""
+
+from heapq import heappop, heappush
+
+import pytest
+from routing_fleet import COST, Fleet, config, cost, policy, pool, request
+
+from kvfleet_router.core.energy import marginal_joules, pack_target, watts
+
+
+def test_joining_a_busy_worker_costs_a_fraction_of_waking_an_idle_one():
+    fleet = Fleet(workers=1)
+    idle = fleet.sent(request(100, prefix=1))
+    fleet.dispatcher.first_token(idle)
+    for n in range(2, 30):
+        fleet.dispatcher.first_token(fleet.sent(request(100, prefix=n)))
+    joined = fleet.sent(request(100, prefix=50))
+    assert idle.joules > 8 * joined.joules
+
+
+def test_marginal_joules_are_the_formula():
+    fleet = Fleet(workers=1)
+    ticket = fleet.sent(request(1000, prefix=1, max_output_tokens=100))
+    fixed = (COST.step_joules - COST.idle_watts * COST.step_s) * 100
+    tokens = 100 * (COST.token_joules + COST.context_token_joules * 1050)
+    assert ticket.joules == pytest.approx(0.022 * 1000 + tokens + fixed)
+    worker = ticket.worker
+    assert marginal_joules(ticket.arrival, worker, 0.0) == pytest.approx(tokens + fixed / 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "itl_slo_s", "context_tokens", "expected"),
+    [
+        ({}, 10.0, 1.0, int(2 * 3.2 / 0.067)),  # energy: 2·E0/E1
+        ({}, 0.010, 0.0, int(0.003 / 90e-6)),  # (SLO − W)/H
+        ({}, 10.0, 10_000.0, 40),  # KV tokens
+        ({"max_sequences": 16}, 10.0, 1.0, 16),
+        ({}, 0.001, 1.0, 1),  # beyond reach: one at a time
+        ({"token_joules": 0.0, "step_s_per_sequence": 0.0, "step_s_per_context_token": 0.0}, 0.05, 1.0, 256),
+    ],
+)
+def test_the_pack_target_is_the_tightest_limit(changes, itl_slo_s, context_tokens, expected):
+    model = cost(**changes)
+    target = pack_target(
+        model,
+        step_s=model.step_s,
+        step_s_per_sequence=model.step_s_per_sequence,
+        itl_slo_s=itl_slo_s,
+        context_tokens=context_tokens,
+    )
+    assert target == pytest.approx(expected, abs=1)
+
+
+def test_the_dispatcher_tells_the_pack_target_of_a_pool():
+    fleet = Fleet(workers=1, itl_slo_s=0.012)
+    before = fleet.dispatcher.pack_target("pool")
+    for n in range(200):
+        fleet.answer(fleet.sent(request(100, prefix=n)), ttft=0.01, seconds=1.1, output_tokens=101, prompt_tokens=100)
+    assert fleet.dispatcher.pack_target("pool") < before / 2  # steps of 11 ms leave little room below 12
+
+
+def test_watts_rise_from_idle_with_the_batch():
+    draws = [watts(COST, n, 100.0 * n, COST.decode_step_s(n, 100.0 * n)) for n in (0, 1, 16, 128)]
+    assert draws[0] == COST.idle_watts
+    assert draws == sorted(draws)
+    assert 300 < draws[1] < 600
+
+
+def test_strict_energy_keeps_the_power_budget_and_answers_when_there_is_room():
+    """Two idle workers draw 230 W; one working draws over 400 more. 900 W is room for one of them."""
+    fleet = Fleet(config(policy(energy_mode="Strict", max_watts=900.0), workers=2))
+    first = fleet.sent(request(100, prefix=1))
+    fleet.dispatcher.first_token(first)
+    others = [fleet.sent(request(100, prefix=n)) for n in range(2, 6)]
+    assert {ticket.worker for ticket in others} == {first.worker}
+    assert sum(pool.watts() for pool in fleet.dispatcher.pools()) < 900
+    tight = Fleet(config(policy(energy_mode="Strict", max_watts=250.0), workers=2))
+    held = tight.held(request(100))
+    tight.now += 61
+    tight.dispatcher.tick()
+    assert not held.waiting
+    assert tight.called_back[0].status == 503
+
+
+def test_preferring_energy_gathers_load_and_steps_back_when_busy():
+    def spread(rate_per_s, **fields):
+        """Workers used by requests of 100 tokens and a second each."""
+        fleet = Fleet(config(policy(**fields), pools=[pool(workers=4)]))
+        used, events = set(), []
+        for n in range(150):
+            arrival = fleet.now + 1 / rate_per_s
+            while events and events[0][0] <= arrival:
+                fleet.now, _, end, ticket = heappop(events)
+                if end:
+                    fleet.dispatcher.finish(ticket, output_tokens=100)
+                else:
+                    fleet.dispatcher.first_token(ticket)
+                    heappush(events, (fleet.now + 1.0, n, True, ticket))
+            fleet.now = arrival
+            ticket = fleet.sent(request(200, prefix=n, max_output_tokens=100))
+            heappush(events, (fleet.now + ticket.predicted_ttft_s, n, False, ticket))
+            if n > 100:
+                used.add(ticket.worker.name)
+        return len(used)
+
+    assert spread(3.0) == 4
+    assert spread(3.0, energy_mode="Prefer") == 1
+    assert spread(150.0, energy_mode="Prefer", itl_slo_s=0.009) == 4
