@@ -25,6 +25,8 @@ VLLM_VERSION: Final = "0.32.0"
 """The version whose behaviour is simulated."""
 GUARDED: Final = ("/v1", "/v2", "/inference", "/cohere")
 """Where --api-key is asked for, and nowhere else."""
+MAX_ID_LENGTH: Final = 256
+"""Of a client's X-Request-Id, which every chunk of its stream repeats."""
 METRICS_TYPE: Final = b"text/plain; version=1.0.0; charset=utf-8"
 
 Handler = Callable[[Exchange], None]
@@ -99,6 +101,8 @@ class App:
         try:
             handler(exchange)
         except ApiError as error:
+            if error.status == 500:  # raised outside of the middleware that adds these
+                exchange.extra_headers.clear()
             exchange.respond_json(error.status, error.body)
         except Exception:
             log.exception("%s %s failed", exchange.method, exchange.path)
@@ -144,7 +148,7 @@ class App:
             if rank != b"0":
                 raise ApiError(400, f"data_parallel_rank {rank.decode('latin-1')} is out of range [0, 1).")
             name, lora = self._models.resolve(Fields(values).string("model"))
-            asked_id = exchange.headers.get(b"x-request-id", b"").decode("latin-1")
+            asked_id = exchange.headers.get(b"x-request-id", b"").decode("latin-1")[:MAX_ID_LENGTH]
             job = Job(f"{prefix}-{asked_id or uuid4().hex[:16]}", read(values, name), exchange)
             self._writer.add_choices(job, lora)
             try:

@@ -54,8 +54,6 @@ class Worker:
         self._flushed_s = 0.0
         self._jobs: set[Job] = set()
         self._stopped = False
-        self.idle = asyncio.Event()
-        self.idle.set()
 
     @property
     def now_s(self) -> float:
@@ -73,7 +71,6 @@ class Worker:
         for choice in job.choices:
             self.engine.check(choice.request)
         self._jobs.add(job)
-        self.idle.clear()
         job.exchange.on_close = lambda: self._forget(job)
         if job.params.stream:
             job.exchange.start_events()
@@ -114,8 +111,6 @@ class Worker:
         self._jobs.discard(job)
         for choice in job.choices:
             self.engine.abort(choice.request)
-        if not self._jobs:
-            self.idle.set()
 
     def _start_step(self, start_s: float) -> None:
         self._current = self.engine.step(start_s) if not self._stopped else None
@@ -181,5 +176,3 @@ class Worker:
             job.exchange.end()
         else:
             job.exchange.respond(200, self._responses.whole(job))
-        if not self._jobs:
-            self.idle.set()

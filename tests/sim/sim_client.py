@@ -7,12 +7,19 @@ import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from kvfleet_sim.config import parse
 from kvfleet_sim.server import Server
 
 TIMEOUT_S = 20.0
+
+
+class HasPort(Protocol):
+    """A server here or in another process."""
+
+    @property
+    def port(self) -> int: ...
 
 
 @asynccontextmanager
@@ -76,9 +83,11 @@ async def send_raw(port: int, request: bytes) -> bytes:
         await writer.wait_closed()
 
 
-def request_bytes(method: str, path: str, body: Any = None, *, close: bool = True, **headers: str) -> bytes:
+def request_bytes(
+    method: str, path: str, body: Any = None, headers: dict[str, str] | None = None, *, close: bool = True
+) -> bytes:
     data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
-    fields = {"Host": "localhost", **{name.replace("_", "-"): value for name, value in headers.items()}}
+    fields = {"Host": "localhost", **(headers or {})}
     if body is not None:
         fields = {"Content-Type": "application/json", "Content-Length": str(len(data)), **fields}
     if close:
@@ -87,11 +96,13 @@ def request_bytes(method: str, path: str, body: Any = None, *, close: bool = Tru
     return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + data
 
 
-async def call(server: Server, method: str, path: str, body: Any = None, **headers: str) -> Answer:
-    return parse_answer(await send_raw(server.port, request_bytes(method, path, body, **headers)))
+async def call(server: HasPort, method: str, path: str, body: Any = None, **headers: str) -> Answer:
+    """`X_Request_Id="a"` is a header."""
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return parse_answer(await send_raw(server.port, request_bytes(method, path, body, named)))
 
 
-async def complete(server: Server, prompt: Any, max_tokens: int = 1, **fields: Any) -> Answer:
+async def complete(server: HasPort, prompt: Any, max_tokens: int = 1, **fields: Any) -> Answer:
     return await call(server, "POST", "/v1/completions", {"prompt": prompt, "max_tokens": max_tokens, **fields})
 
 
@@ -114,7 +125,7 @@ class OpenStream:
         self.received = b""
 
     @classmethod
-    async def start(cls, server: Server, body: dict[str, Any], path: str = "/v1/completions") -> OpenStream:
+    async def start(cls, server: HasPort, body: dict[str, Any], path: str = "/v1/completions") -> OpenStream:
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
         writer.write(request_bytes("POST", path, {**body, "stream": True}))
         stream = cls(reader, writer)

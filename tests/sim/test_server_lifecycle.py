@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import pytest
 from sim_client import TIMEOUT_S, Answer, OpenStream, call, complete, serving, until
 
-from kvfleet_sim import server as server_module
-from kvfleet_sim.server import main
+from kvfleet_sim.config import parse
+from kvfleet_sim.server import Server, main
 
 SHUTDOWN_ERROR = {
     "message": "cannot schedule new futures after shutdown",
@@ -58,11 +58,11 @@ def finish_reasons(answer: Answer) -> list[str | None]:
 
 async def test_sigterm_ends_every_request_with_reason_abort() -> None:
     async with process() as worker:
-        stream = await OpenStream.start(worker, {"prompt": "a", "max_tokens": 50_000})  # type: ignore[arg-type]
+        stream = await OpenStream.start(worker, {"prompt": "a", "max_tokens": 50_000})
         await stream.read_until(b"data:")
-        whole = asyncio.create_task(complete(worker, "b", 50_000))  # type: ignore[arg-type]
+        whole = asyncio.create_task(complete(worker, "b", 50_000))
         metric = b'vllm:num_requests_running{engine="0",model_name="llama-8b"} 2.0'
-        while metric not in (await call(worker, "GET", "/metrics")).body:  # type: ignore[arg-type]
+        while metric not in (await call(worker, "GET", "/metrics")).body:
             pass
         worker.process.send_signal(signal.SIGTERM)
         ended = await stream.read_all()
@@ -74,15 +74,16 @@ async def test_sigterm_ends_every_request_with_reason_abort() -> None:
         assert choice["finish_reason"] == "abort"
         assert answer.json["usage"]["completion_tokens"] * 4 == len(choice["text"]) < 50_000
         # The port stays open for a moment: alive, but taking nothing.
-        assert (await call(worker, "GET", "/health")).status == 200  # type: ignore[arg-type]
-        late = await complete(worker, "c")  # type: ignore[arg-type]
+        assert (await call(worker, "GET", "/health")).status == 200
+        late = await complete(worker, "c")
         assert (late.status, late.json["error"]) == (500, SHUTDOWN_ERROR)
+        assert [name for name, _ in late.headers] == ["date", "server", "content-length", "content-type", "connection"]
         assert await asyncio.wait_for(worker.process.wait(), TIMEOUT_S) == 0
 
 
 async def test_a_drain_lets_running_requests_finish() -> None:
     async with process("--shutdown-timeout", "1", "--speed", "5") as worker:
-        stream = await OpenStream.start(worker, {"prompt": "a", "max_tokens": 200})  # type: ignore[arg-type]
+        stream = await OpenStream.start(worker, {"prompt": "a", "max_tokens": 200})
         await stream.read_until(b"data:")
         loop = asyncio.get_running_loop()
         asked_s = loop.time()
@@ -90,7 +91,7 @@ async def test_a_drain_lets_running_requests_finish() -> None:
         ended = await stream.read_all()
         assert finish_reasons(ended)[-1] == "length"
         assert "".join(event["choices"][0]["text"] for event in ended.events[:-1]).count(" ") == 200
-        late = await complete(worker, "c")  # type: ignore[arg-type]
+        late = await complete(worker, "c")
         assert (late.status, late.json["error"]) == (500, SHUTDOWN_ERROR)
         assert await asyncio.wait_for(worker.process.wait(), TIMEOUT_S) == 0
         assert loop.time() - asked_s >= 0.95, "it takes its time even when nothing is left"
@@ -99,7 +100,7 @@ async def test_a_drain_lets_running_requests_finish() -> None:
 async def test_a_second_sigterm_ends_a_drain() -> None:
     async with process("--shutdown-timeout", "60") as worker:
         worker.process.send_signal(signal.SIGTERM)
-        while (await complete(worker, "c")).status != 500:  # type: ignore[arg-type]
+        while (await complete(worker, "c")).status != 500:
             pass
         worker.process.send_signal(signal.SIGTERM)
         assert await asyncio.wait_for(worker.process.wait(), TIMEOUT_S) == 0
@@ -150,8 +151,8 @@ sys.exit(server.main(sys.argv[1:]))
 async def test_nothing_listens_while_loading() -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    config = server_module.parse(["llama-8b", "--host", "127.0.0.1", "--port", str(port), "--startup-seconds", "0.3"])
-    server = server_module.Server(config)
+    config = parse(["llama-8b", "--host", "127.0.0.1", "--port", str(port), "--startup-seconds", "0.3"])
+    server = Server(config)
     starting = asyncio.create_task(server.start())
     with pytest.raises(OSError):
         await asyncio.open_connection("127.0.0.1", port)
@@ -205,5 +206,5 @@ def test_an_address_in_use_is_an_error(caplog: pytest.LogCaptureFixture) -> None
 def test_environment_names_the_pod(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(os.environ, "POD_NAME", "llama-0")
     monkeypatch.setitem(os.environ, "POD_NAMESPACE", "inference")
-    config = server_module.parse(["llama-8b"])
+    config = parse(["llama-8b"])
     assert (config.pod, config.namespace) == ("llama-0", "inference")

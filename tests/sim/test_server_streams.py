@@ -179,7 +179,7 @@ async def test_an_idle_connection_is_closed_and_a_busy_one_is_not(monkeypatch: p
 
 async def test_a_waiting_100_continue_client_is_told_to_go_on() -> None:
     async with serving("llama-8b") as server:
-        request = request_bytes("POST", "/v1/completions", {"prompt": "a", "max_tokens": 1}, Expect="100-continue")
+        request = request_bytes("POST", "/v1/completions", {"prompt": "a", "max_tokens": 1}, {"Expect": "100-continue"})
         raw = await send_raw(server.port, request)
     assert raw.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK")
 
