@@ -14,8 +14,9 @@ import random
 import resource
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
+from typing import Any
 
 import uvloop
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
@@ -24,12 +25,15 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from kvfleet_api.fleetconfig import FleetConfig
 from kvfleet_router.core.dispatcher import ConfigError, Dispatcher, WorkerEndpoint
 from kvfleet_router.io.admin import Admin
+from kvfleet_router.io.auth import ApiKeys, Authenticator, KeysRejected
 from kvfleet_router.io.config_source import ConfigRejected, ConfigSource, FileSource, StaticSource
+from kvfleet_router.io.files import WatchedFiles
 from kvfleet_router.io.gate import Gate
 from kvfleet_router.io.metrics import PREFIX, RouterMetrics
 from kvfleet_router.io.models import ModelList
 from kvfleet_router.io.proxy import Proxy
 from kvfleet_router.io.server import Server
+from kvfleet_router.io.tls import Certificate, CertificateRejected
 from kvfleet_router.io.upstream import Upstreams
 from kvfleet_router.policies import REGISTRY
 
@@ -54,14 +58,19 @@ class RouterApp:
         admin_port: int = 0,
         speed: float = 1.0,
         source: ConfigSource | None = None,
+        certificate: Certificate | None = None,
+        api_keys: ApiKeys | None = None,
         rng: random.Random | None = None,
     ) -> None:
         """`speed`: seconds the dispatcher's clock moves in one second, for workers simulated in compressed time.
+        `certificate`: serve clients by TLS. `api_keys`: ask clients for a key.
 
         Raises ConfigError where the configuration cannot be served."""
         self.host, self.port = host, port
         self.admin_host, self.admin_port = admin_host or host, admin_port
         self._source = source or StaticSource()
+        self._certificate = certificate
+        self._api_keys = api_keys
         self._speed = speed
         self._rng = rng or random.Random()
         monotonic = time.monotonic
@@ -73,7 +82,8 @@ class RouterApp:
         self.metrics.extra += (self._connection_metrics, self._source.metrics)
         self._unready = "starting"
         self._sweeper: asyncio.TimerHandle | None = None
-        self._source_task: asyncio.Task[None] | None = None
+        self._followers: list[asyncio.Task[None]] = []
+        """What changes while the router runs: configuration, keys, certificate."""
 
     # Life
 
@@ -90,14 +100,19 @@ class RouterApp:
             speed=self._speed,
         )
         limits = self.dispatcher.config.limits
-        self.server = Server(Gate(self.proxy, lambda: self._source.unready), limits)
+        handler = self.proxy if self._api_keys is None else Authenticator(self.proxy, self._api_keys)
+        self.server = Server(Gate(handler, lambda: self._source.unready), limits)
         self.admin_server = Server(Admin(self.dispatcher, self._registry(), lambda: self.unready), limits)
         self.admin_port = await self.admin_server.listen(self.admin_host, self.admin_port)
-        self.port = await self.server.listen(self.host, self.port)
+        tls = None if self._certificate is None else self._certificate.context
+        self.port = await self.server.listen(self.host, self.port, tls=tls)
         self.proxy.start()
         self._sweep()
-        self._source_task = asyncio.create_task(self._source.run(self))
-        self._source_task.add_done_callback(_report)
+        self._follow(self._source.run(self))
+        if self._api_keys is not None:
+            self._follow(WatchedFiles(self._api_keys.path).follow(self._api_keys.reload))
+        if self._certificate is not None:
+            self._follow(WatchedFiles(*self._certificate.paths).follow(self._certificate.reload))
         self._unready = ""
         log.info("serving on %s:%d, admin on %s:%d", self.host, self.port, self.admin_host, self.admin_port)
 
@@ -108,13 +123,18 @@ class RouterApp:
         cut = await self.server.drain(self.dispatcher.config.drain_s if drain_s is None else drain_s)
         if cut:
             log.warning("%d answers were cut off at the drain time limit", cut)
-        if self._source_task is not None:  # only now: requests that were queued still had to find the right workers
-            self._source_task.cancel()
-            await asyncio.gather(self._source_task, return_exceptions=True)
+        for follower in self._followers:  # only now: requests that were queued still had to find the right workers
+            follower.cancel()
+        await asyncio.gather(*self._followers, return_exceptions=True)
         await self.proxy.close()
         await self.admin_server.drain(ADMIN_DRAIN_S)
         if self._sweeper is not None:
             self._sweeper.cancel()
+
+    def _follow(self, source: Coroutine[Any, Any, None]) -> None:
+        follower = asyncio.create_task(source)
+        follower.add_done_callback(_report)
+        self._followers.append(follower)
 
     @property
     def unready(self) -> str:
@@ -178,7 +198,7 @@ class RouterApp:
 
 def _report(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and task.exception() is not None:
-        log.error("the configuration source ended; the last configuration stays in use", exc_info=task.exception())
+        log.error("changes are followed no more; what was last read stays in use", exc_info=task.exception())
 
 
 async def serve(app: RouterApp) -> None:
@@ -215,15 +235,21 @@ def run_router(
     config_path: Path | None = None,
     adapt: Callable[[FleetConfig], FleetConfig] | None = None,
     source: ConfigSource | None = None,
+    tls_cert: Path | None = None,
+    tls_key: Path | None = None,
+    api_keys_file: Path | None = None,
 ) -> int:
-    """The router as a process; returns its exit code.
+    """The router as a process; returns its exit code: 1 where it cannot listen, 2 where what it was given cannot be used.
 
     `config_path`: the file `config` came from, followed from now on; `adapt` is applied to what is read from it again.
-    `source`: what is followed in its place."""
+    `source`: what is followed in its place. `tls_cert` and `tls_key`: PEM files; clients are served by TLS.
+    `api_keys_file`: see auth.py. All of them are read again when they change."""
     raise_open_files()
     if source is None and config_path is not None:
         source = FileSource(config_path, adapt=adapt)
     try:
+        if (tls_cert is None) != (tls_key is None):
+            raise CertificateRejected("a certificate and a key go together: give both or neither")
         app = RouterApp(
             config,
             host=host,
@@ -232,9 +258,11 @@ def run_router(
             admin_port=admin_port,
             speed=speed,
             source=source,
+            certificate=Certificate(tls_cert, tls_key) if tls_cert is not None and tls_key is not None else None,
+            api_keys=ApiKeys(api_keys_file) if api_keys_file is not None else None,
         )
-    except ConfigError as error:
-        log.error("the configuration cannot be served: %s", error)
+    except (ConfigError, CertificateRejected, KeysRejected) as error:
+        log.error("the router cannot be started: %s", error)
         return 2
     logging.getLogger("httpx").setLevel(logging.WARNING)
     gc.collect()

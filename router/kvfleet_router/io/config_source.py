@@ -11,7 +11,6 @@ the router: what cannot be read is reported, and the last good configuration sta
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -22,10 +21,10 @@ from pydantic import ValidationError
 
 from kvfleet_api.fleetconfig import FleetConfig
 from kvfleet_router.core.dispatcher import WorkerEndpoint
+from kvfleet_router.io.files import POLL_S, WatchedFiles, read_bounded
 
 log = logging.getLogger("kvfleet.router")
 
-POLL_S = 0.5
 MAX_CONFIG_BYTES = 16 * 1_048_576
 
 
@@ -75,42 +74,27 @@ class FileSource(ConfigSource):
         self._path = path
         self._adapt = adapt
         self._poll_s = poll_s
-        self._seen: tuple[int, int, int] | None = (0, 0, 0)
 
     async def run(self, sink: Sink) -> None:
-        while True:
-            self.poll(sink)  # at once: the file may have changed since the router was given its content
-            await asyncio.sleep(self._poll_s)
+        # The first look comes at once: the file may have changed since the router was given its content.
+        await WatchedFiles(self._path).follow(lambda: self._read(sink), poll_s=self._poll_s)
 
-    def poll(self, sink: Sink) -> None:
-        """Look once; read the file if it changed."""
-        stamp = self._stamp()
-        if stamp == self._seen:
-            return
-        self._seen = stamp
+    def _read(self, sink: Sink) -> None:
         try:
             config = read_config(self._path)
             sink.take_config(self._adapt(config) if self._adapt else config)
         except ConfigRejected as error:
             sink.reject_config(f"{self._path}: {error}")
 
-    def _stamp(self) -> tuple[int, int, int] | None:
-        try:
-            status = self._path.stat()
-        except OSError:
-            return None
-        return status.st_mtime_ns, status.st_size, status.st_ino
-
 
 def read_config(path: Path) -> FleetConfig:
     """A compiled FleetConfig. Raises ConfigRejected."""
     try:
-        with path.open("rb") as file:
-            text = file.read(MAX_CONFIG_BYTES + 1)
+        text = read_bounded(path, MAX_CONFIG_BYTES)
     except OSError as error:
         raise ConfigRejected(f"cannot be read ({error.strerror}): the last configuration stays in use") from error
-    if len(text) > MAX_CONFIG_BYTES:
-        raise ConfigRejected(f"is larger than {MAX_CONFIG_BYTES} bytes: is this a FleetConfig?")
+    except ValueError as error:
+        raise ConfigRejected(str(error)) from error
     return parse_config(text)
 
 

@@ -371,7 +371,10 @@ class ClientConnection(asyncio.Protocol):
         self.buffer.clear()
         unsent = self.transport.get_write_buffer_size()
         self.deadline = self.server.now + (WRITE_STALL_TIMEOUT_S if unsent else LINGER_S)
-        self.transport.write_eof()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        else:  # TLS has no half-closed state
+            self.transport.close()
         if self.reading_paused:
             self.reading_paused = False
             self.transport.resume_reading()

@@ -173,10 +173,10 @@ class Request:
                 self.keep_alive = False
             elif _KEEP_ALIVE in tokens:
                 self.keep_alive = True
-            self._drop(tokens)
+            self.drop(tokens)
 
-    def _drop(self, names: set[bytes]) -> None:
-        """Take headers that `Connection` names out of those passed on."""
+    def drop(self, names: set[bytes]) -> None:
+        """Take headers (lower-case names) out of those passed on."""
         lines = [self.forward[i : i + 4] for i in range(0, len(self.forward), 4)]
         self.forward = [piece for line in lines if line[0].lower() not in names for piece in line]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import time
 from typing import Protocol
 
@@ -12,6 +13,7 @@ from kvfleet_router.io.request import Request
 from kvfleet_router.io.sockets import probe_silent_peer
 
 BACKLOG = 4096
+TLS_HANDSHAKE_TIMEOUT_S = 15.0
 
 
 class Handler(Protocol):
@@ -39,11 +41,17 @@ class Server:
         self._empty = asyncio.Event()
         self._empty.set()
 
-    async def listen(self, host: str, port: int) -> int:
+    async def listen(self, host: str, port: int, *, tls: ssl.SSLContext | None = None) -> int:
         """Start to accept; returns the port (for port 0). Raises OSError where the address cannot be had."""
         loop = asyncio.get_running_loop()
         listener = await loop.create_server(
-            lambda: ClientConnection(self), host, port, backlog=BACKLOG, reuse_address=True
+            lambda: ClientConnection(self),
+            host,
+            port,
+            backlog=BACKLOG,
+            reuse_address=True,
+            ssl=tls,
+            ssl_handshake_timeout=TLS_HANDSHAKE_TIMEOUT_S if tls else None,
         )
         self._listeners.append(listener)
         for sock in listener.sockets:
