@@ -28,6 +28,9 @@ class Recorder(asyncio.Transport):
         assert not self.closed
         self.written += data
 
+    def can_write_eof(self) -> bool:
+        return True
+
     def write_eof(self) -> None:
         self.closed = True
 
