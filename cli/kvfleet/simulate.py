@@ -225,18 +225,18 @@ def _progress(console: Console) -> Progress:
 # What is shown and written
 
 
-COLUMNS: tuple[tuple[str, str, int, float, int], ...] = (
-    ("mean", "ttft_mean_ms", 0, 1, -1),
-    ("p50", "ttft_p50_ms", 0, 1, -1),
-    ("p99", "ttft_p99_ms", 0, 1, -1),
-    ("ITL p99", "itl_p99_ms", 1, 1, -1),
-    ("in SLO", "slo_attainment", 1, 100, 1),
-    ("good/s", "goodput_rps", 2, 1, 1),
-    ("hits", "prefix_hit_ratio", 1, 100, 1),
-    ("J/token", "joules_per_token", 3, 1, -1),
-    ("failed", "failed", 0, 1, 0),
+COLUMNS: tuple[tuple[str, str, float, int], ...] = (
+    ("mean", "ttft_mean_ms", 0.001, -1),
+    ("p50", "ttft_p50_ms", 0.001, -1),
+    ("p99", "ttft_p99_ms", 0.001, -1),
+    ("ITL99", "itl_p99_ms", 1, -1),
+    ("SLO%", "slo_attainment", 100, 1),
+    ("good/s", "goodput_rps", 1, 1),
+    ("hit%", "prefix_hit_ratio", 100, 1),
+    ("J/tok", "joules_per_token", 1, -1),
+    ("fail", "failed", 1, 0),
 )
-"""Title, figure, decimals, factor, and which direction is better (0: neither)."""
+"""Title, figure, factor, and which direction is better (0: neither)."""
 
 
 def means(results: Sequence[Result]) -> dict[tuple[float, str], dict[str, float]]:
@@ -252,9 +252,9 @@ def print_report(report: Report, console: Console) -> None:
     """One table for all loads, the best of each load in bold; then the capacities."""
     rows = means(report.runs)
     if rows:
-        title = f"Load 1 is {report.saturation_rps:.2f} requests/s. TTFT (mean, p50, p99) and ITL in ms, shares in %."
-        table = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0), title_style="")
-        table.add_column("load", justify="right")
+        title = f"Load 1 is {report.saturation_rps:.2f} requests/s. TTFT (mean, p50, p99) in s, ITL in ms, shares in %."
+        table = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0), show_edge=False, title_style="")
+        table.add_column("load", min_width=4, justify="right")
         table.add_column("policy", no_wrap=True)
         for name, *_ in COLUMNS:
             table.add_column(name, justify="right", no_wrap=True)
@@ -284,10 +284,9 @@ def capacities(report: Report) -> dict[str, float]:
     return {policy: fmean(values) for policy, values in groups.items()}
 
 
-def _cell(
-    row: dict[str, float], group: list[dict[str, float]], key: str, decimals: int, factor: float, better: int
-) -> str:
-    text = f"{row[key] * factor:,.{decimals}f}"
+def _cell(row: dict[str, float], group: list[dict[str, float]], key: str, factor: float, better: int) -> str:
+    """Five characters: what does not fit into 80 columns is not read."""
+    text = f"{row[key]:g}" if not better else f"{row[key] * factor:.3f}"[:5].rstrip(".")
     best = better and row[key] * better == max(other[key] * better for other in group)
     return f"[bold green]{text}[/bold green]" if best and len(group) > 1 else text
 

@@ -28,7 +28,9 @@ SHARED_PREFIX = "shared-prefix"
 KINDS = (SHARED_PREFIX,)
 """Loads that are generated, by name."""
 GENERATED_REQUESTS = 6000
-"""Length of a generated or repeated load, unless limited."""
+"""Length of a generated load, unless limited."""
+SESSION_REQUESTS = 20_000
+"""Length of a load of sessions, unless limited: several times as long as a session on a fleet of a few workers."""
 MAX_REQUESTS = 1_000_000
 
 
@@ -54,8 +56,8 @@ class Load(Protocol):
     def block_tokens(self) -> int:
         """Tokens a block key stands for."""
 
-    def requests(self, rate_rps: float, seed: int) -> list[LoadRequest]:
-        """The requests at this rate, the same for the same seed."""
+    def requests(self, rate_rps: float, seed: int, *, patient: bool = True) -> list[LoadRequest]:
+        """The requests at this rate, the same for the same seed. Not `patient`: nobody waits for answers, turns come when due."""
 
 
 class TraceLoad:
@@ -68,7 +70,7 @@ class TraceLoad:
         self._span_s = sum(self._slots[-1]) - rows[0].arrival_s
         self._keys = [_whole_blocks(row) for row in rows]
 
-    def requests(self, rate_rps: float, seed: int) -> list[LoadRequest]:
+    def requests(self, rate_rps: float, seed: int, *, patient: bool = True) -> list[LoadRequest]:
         draw = random.Random(seed)
         scale = len(self._rows) / self._span_s / rate_rps
         first_s = self._rows[0].arrival_s
@@ -99,7 +101,7 @@ class SessionLoad:
         self._longest_s = max(turns[-1].arrival_s for turns in self._sessions)
         self._turns_per_session = len(rows) / len(self._sessions)
 
-    def requests(self, rate_rps: float, seed: int) -> list[LoadRequest]:
+    def requests(self, rate_rps: float, seed: int, *, patient: bool = True) -> list[LoadRequest]:
         draw = random.Random(seed)
         window_s = self._count / rate_rps
         found: list[LoadRequest] = []
@@ -109,16 +111,17 @@ class SessionLoad:
         while (now_s := now_s + draw.expovariate(rate_rps / self._turns_per_session)) < window_s:
             if not deck:
                 deck = draw.sample(self._sessions, len(self._sessions))
-            self._add(found, deck.pop(), now_s, window_s, copy := copy + 1)
+            copy += 1
+            due = [turn for turn in deck.pop() if 0 <= now_s + turn.arrival_s < window_s]
+            self._add(found, due, now_s, copy, patient)
         return found
 
-    def _add(self, found: list[LoadRequest], turns: list[TraceRow], start_s: float, window_s: float, copy: int) -> None:
-        """The turns due in the window [0, window_s) of a session that began at `start_s`."""
-        due = [turn for turn in turns if 0 <= start_s + turn.arrival_s < window_s]
+    def _add(self, found: list[LoadRequest], turns: list[TraceRow], start_s: float, copy: int, patient: bool) -> None:
+        """Turns of a session that began at `start_s`."""
         before: TraceRow | None = None
-        for turn in due:
+        for turn in turns:
             keys = [key if key in self._shared else key + copy * self._key_span for key in _whole_blocks(turn)]
-            if before is None:
+            if before is None or not patient:
                 found.append(LoadRequest(turn.prompt_tokens, turn.output_tokens, keys, start_s + turn.arrival_s))
             else:
                 gap_s = turn.arrival_s - before.arrival_s
@@ -148,7 +151,7 @@ class SharedPrefixLoad:
         self._prefix_blocks = prefix_tokens // self.block_tokens
         self._suffix_tokens, self._output_tokens = suffix_tokens, output_tokens
 
-    def requests(self, rate_rps: float, seed: int) -> list[LoadRequest]:
+    def requests(self, rate_rps: float, seed: int, *, patient: bool = True) -> list[LoadRequest]:
         draw = random.Random(seed)
         blocks, now_s = self._prefix_blocks, 0.0
         next_key = self._prefixes * blocks
@@ -176,7 +179,7 @@ def open_load(trace: str, limit: int | None = None) -> Load:
         raise TraceError(f"{trace}: no such file: give the path of a trace, or one of {', '.join(KINDS)}")
     rows = read_trace(trace)
     if any(row.session for row in rows):
-        return SessionLoad(rows, limit or GENERATED_REQUESTS)
+        return SessionLoad(rows, limit or SESSION_REQUESTS)
     return TraceLoad(rows[:limit])
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kvfleet_api.fleetconfig import FleetConfig
 from kvfleet_sim.fleet import Run, simulate, with_policy
 from kvfleet_sim.outcomes import Slo, figures, unloaded_ttft_s
-from kvfleet_sim.saturation import saturation_rps, slo_capacity_rps, throughput_rps, upper_bound_rps
+from kvfleet_sim.saturation import answered_rps, saturation_rps, slo_capacity_rps
 from kvfleet_sim.workload import SharedPrefixLoad
 
 LOAD = SharedPrefixLoad(600, prefixes=4, prefix_tokens=64, suffix_tokens=80, output_tokens=20)
@@ -40,15 +40,27 @@ def outcome(ttft_s: list[float], itl_s: list[float]) -> Run:
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_saturation_is_what_the_fleet_answers_when_more_arrives(workers: int) -> None:
+def test_saturation_is_what_the_fleet_can_answer(workers: int) -> None:
     config = small_fleet(workers)
     saturation = saturation_rps(config, LOAD, MODEL)
-    assert 0.3 * upper_bound_rps(config, LOAD.requests(1.0, 0)) < saturation
-    assert saturation <= 1.02 * upper_bound_rps(config, LOAD.requests(1.0, 0))
-    for share, keeps_up in ((0.7, True), (1.5, False)):
+    backlogs_s = []
+    for share in (0.6, 1.5):
         rate = share * saturation
         run = simulate(config, LOAD.requests(rate, 1), model=MODEL, block_tokens=LOAD.block_tokens)
-        assert (throughput_rps(run, rate) > 0.95 * rate) is keeps_up
+        assert run.completed.all()
+        backlogs_s.append(float(run.finish_s.max() - run.sent_s.max()) * saturation / 600)
+    kept_up, fell_behind = backlogs_s
+    assert kept_up < 0.1
+    assert fell_behind == pytest.approx(1 - 1 / 1.5, rel=0.3), (
+        "what arrived beyond saturation is answered at saturation"
+    )
+
+
+def test_what_is_cached_need_not_be_computed() -> None:
+    config, requests = small_fleet(1), LOAD.requests(1.0, 0)
+    prompts = np.array([request.prompt_tokens for request in requests], dtype=float)
+    nothing, half, all_but_one = (answered_rps(config, requests, prompts * share) for share in (0.0, 0.5, 0.99))
+    assert nothing < half < all_but_one
 
 
 def test_three_workers_take_three_times_as_much() -> None:

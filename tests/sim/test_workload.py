@@ -89,6 +89,14 @@ def test_turns_of_a_session_follow_each_other() -> None:
             assert following.think_s == pytest.approx(4.0)
 
 
+def test_impatient_clients_send_every_turn_when_it_is_due() -> None:
+    load = SessionLoad(sessions(), 300)
+    patient, impatient = load.requests(5.0, 3), load.requests(5.0, 3, patient=False)
+    assert [request.block_keys for request in impatient] == [request.block_keys for request in patient]
+    assert all(request.start_s is not None and request.next_turn is None for request in impatient)
+    assert {request.start_s for request in patient} - {None} <= {request.start_s for request in impatient}
+
+
 def test_a_repeated_session_shares_only_what_sessions_share() -> None:
     requests = SessionLoad(sessions(), 60).requests(5.0, 3)
     chains: list[list[LoadRequest]] = []
