@@ -132,6 +132,15 @@ class KubeApi:
         query = {"fieldManager": manager, "force": "true" if force else "false"}
         return await self._request("PATCH", resource, path, body=manifest, query=query, content_type=APPLY)
 
+    async def overwrite(self, manifest: Manifest) -> None:
+        """Make everything but the metadata of that very object (by uid) what `manifest` says, lists as a whole."""
+        resource = BY_KIND[manifest["kind"]]
+        metadata = manifest["metadata"]
+        body = {key: value for key, value in manifest.items() if key not in ("apiVersion", "kind", "metadata")}
+        path = resource.path(metadata.get("namespace"), metadata["name"])
+        body["metadata"] = {"uid": metadata["uid"]}
+        await self._request("PATCH", resource, path, body=body, query={"fieldManager": MANAGER}, content_type=MERGE)
+
     async def patch_status(self, resource: ResourceType, live: Manifest, status: Mapping[str, Any]) -> Manifest:
         """Merge `status` into the object's, provided nobody changed the object since `live` was read."""
         metadata = live["metadata"]

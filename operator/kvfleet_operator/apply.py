@@ -53,6 +53,7 @@ class Applier:
             try:
                 written |= await self._one(owner, manifest)
             except Refused as refused:
+                logger.warning("%s: %s: %s", owner.key, refused.rejection.reason, refused)
                 rejections.append(refused.rejection)
         written |= await self._delete_leftovers(owner, plan)
         return Applied(rejections, self._world.children(owner)), written
@@ -90,7 +91,7 @@ class Applier:
 
     async def _apply(self, wanted: Manifest, *, force: bool) -> None:
         try:
-            result = await self._api.apply(wanted, force=force)
+            result = await self._sent(wanted, force)
         except ApiError as error:
             if error.status == 404:
                 kind = wanted["kind"]
@@ -106,6 +107,20 @@ class Applier:
             if len(self._spellings) > MAX_SPELLINGS:
                 del self._spellings[next(iter(self._spellings))]  # the oldest; at worst it is applied once more
         self._world.put(result)
+
+    async def _sent(self, wanted: Manifest, force: bool) -> Manifest:
+        """Applied; where what others added to a list makes that impossible, the list is ours alone again.
+
+        A Service's ports are one list to its validation and several items to server-side apply: a foreign port with the
+        name of ours would keep ours out for good.
+        """
+        try:
+            return await self._api.apply(wanted, force=force)
+        except ApiError as error:
+            if error.status != 422 or "uid" not in wanted["metadata"]:
+                raise
+        await self._api.overwrite(wanted)
+        return await self._api.apply(wanted, force=force)
 
     async def _delete_leftovers(self, owner: Resource, plan: Plan) -> bool:
         doomed = leftovers(self._world.children(owner), plan)

@@ -21,7 +21,7 @@ EXTRA = {
     "apiextensions.k8s.io/v1/customresourcedefinitions": ("CustomResourceDefinition", False),
 }
 BY_PLURAL = {(resource.group, resource.plural): resource for resource in BY_KIND.values()}
-MERGED_LISTS = {"containers": "name", "env": "name", "volumes": "name", "ports": "name", "volumeMounts": "mountPath"}
+MERGED_LISTS = {"containers": "name", "env": "name", "volumes": "name", "ports": "port", "volumeMounts": "mountPath"}
 MERGED_LISTS |= {"ownerReferences": "uid"}
 
 
@@ -128,6 +128,9 @@ class Cluster(kmock.KubernetesScaffold):
 
     def _store(self, key, manifest, verb="put"):
         before = self.stored.get(key)
+        names = [port.get("name") for port in manifest.get("spec", {}).get("ports") or []]
+        if manifest["kind"] == "Service" and len(set(names)) != len(names):
+            raise kmock.KubernetesError(status=422, reason="Invalid", message="spec.ports[1].name: Duplicate value")
         if self.normalise:
             self.normalise(manifest)
         metadata = manifest["metadata"]
@@ -331,7 +334,7 @@ def _applied(live, stated, wanted):
         if isinstance(value, dict):
             merged[key] = _applied(old or {}, said if isinstance(said, dict) else {}, value)
         elif isinstance(value, list) and key in MERGED_LISTS:
-            by = MERGED_LISTS[key]
+            by = "containerPort" if value and "containerPort" in value[0] else MERGED_LISTS[key]
             olds, saids = ({item.get(by): item for item in items or []} for items in (old, said))
             kept = [item for name, item in olds.items() if name not in saids and name not in {v.get(by) for v in value}]
             merged[key] = [_applied(olds.get(v.get(by), {}), saids.get(v.get(by), {}), v) for v in value] + kept

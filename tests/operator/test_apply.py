@@ -76,6 +76,18 @@ async def test_drift_in_our_fields_is_repaired_and_others_additions_stay(applier
     assert [write[:2] for write in cluster.writes][-1] == ("patch", "deployments")
 
 
+async def test_an_addition_that_excludes_ours_is_removed(applier, world, cluster, make, pool):
+    """Server-side apply alone would add our port beside the foreign one of the same name, and be refused."""
+    await bring_about(applier, make, pool)
+    before = cluster.get(*SERVICE)["spec"]["ports"]
+    world.put(cluster.edit(*SERVICE, lambda found: found["spec"].update(ports=[{"name": "http", "port": 1}])))
+    applied, _ = await bring_about(applier, make, pool)
+    assert not applied.rejections
+    assert cluster.get(*SERVICE)["spec"]["ports"] == before
+    _, written = await bring_about(applier, make, pool)
+    assert not written
+
+
 async def test_what_a_spec_no_longer_says_is_removed_from_the_child(applier, cluster, make, pool):
     def with_env(env):
         return make.parse(
