@@ -4,8 +4,9 @@
     python bench/decision.py --workers 8 --prompt-bytes 1024 --repeats 2000
     python bench/decision.py --memory              bytes per indexed block; flat beyond the caches' capacity
 
-CPU time of this process (`time.process_time_ns`), each step by itself, minimum and median over the repeats. Requests are
-chat bodies of which the first half is one of 64 shared beginnings and the rest is new; 3 requests per worker are in flight
+CPU time of this process (`time.process_time_ns`), each step by itself, minimum and median over the repeats. `choose` is the
+decision proper: look-up, score of every candidate, pick. `submit` is all the router does before it sends: hash, choose,
+account, record; `events` its work for first token and end. Requests are chat bodies of which the first half is one of 64 shared beginnings and the rest is new; 3 requests per worker are in flight
 all along, so every worker has load, and every cache is filled before the measurement begins.
 """
 
@@ -20,6 +21,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,7 @@ COST = CostModel(
     prefill_token_joules=0.022,
     kv_tokens=430_000,
 )
+BLOCK_BYTES = 256
 STEPS = ("parse", "hash", "look-up", "choose", "submit", "events", "total")
 
 
@@ -88,14 +91,14 @@ class Bench:
             {"model": "model", "stream": True, "max_tokens": 200, "temperature": 0.7, "messages": messages}
         )
 
-    def submit(self, body: bytes) -> Ticket:
+    def submit(self, body: bytes) -> None:
         """Late binding is left out: with a clock that stands still every queue would fill."""
         request = read_request(PATH, body, HEADERS)
         while True:
-            ticket = self.dispatcher.submit(request, request_id="bench", on_assigned=lambda _: None)
+            ticket = self.dispatcher.submit(request, request_id="bench", on_assigned=self.dropped)
             if isinstance(ticket, Ticket):
                 self.in_flight.append(ticket)
-                return ticket
+                return
             self.dispatcher.cancel(ticket)  # type: ignore[arg-type]  # held: let time pass until there is room
             self.now += 0.05
             self.end_oldest()
@@ -108,24 +111,24 @@ class Bench:
     def measure(self, repeats: int) -> dict[str, list[float]]:
         spent: dict[str, list[float]] = {step: [] for step in STEPS}
         dispatcher, rng = self.dispatcher, self.rng
+        index, table = dispatcher._fleet.index, dispatcher._fleet.table
         lane = dispatcher._routes._lanes["model"][0]
+        seed = seed_of("model", None, BLOCK_BYTES)
         for _ in range(repeats):
             body = self.body()
             self.now += 0.05
             while len(self.in_flight) >= self.wanted:
                 self.end_oldest()
-            request = _timed(spent["parse"], lambda body=body: read_request(PATH, body, HEADERS))
-            seed = seed_of("model", None, 256)
-            blocks = _timed(spent["hash"], lambda p=request.prompt: block_hashes(p, seed=seed, block_bytes=256))
-            _timed(spent["look-up"], lambda blocks=blocks: dispatcher._fleet.index.match(blocks))
+            request = _timed(spent["parse"], partial(read_request, PATH, body, HEADERS))
+            blocks = _timed(spent["hash"], partial(block_hashes, request.prompt, seed=seed, block_bytes=BLOCK_BYTES))
+            _timed(spent["look-up"], partial(index.match, blocks))
             arrival = dispatcher._arrival(request, "bench", lane, self.now)
             candidates = lane.candidates(arrival, rng)
-            index, table = dispatcher._fleet.index, dispatcher._fleet.table
-            _timed(spent["choose"], lambda a=arrival, c=candidates: choose(a, c, index, table, rng, self.now))
+            assert candidates is not None
+            _timed(spent["choose"], partial(choose, arrival, candidates, index, table, rng, self.now))
             request = read_request(PATH, body, HEADERS)
             result = _timed(
-                spent["submit"],
-                lambda r=request: dispatcher.submit(r, request_id="bench", on_assigned=lambda _: None),
+                spent["submit"], partial(dispatcher.submit, request, request_id="bench", on_assigned=self.dropped)
             )
             if isinstance(result, Ticket):
                 spent["total"].append(spent["parse"][-1] + spent["submit"][-1])
@@ -135,6 +138,10 @@ class Bench:
                 dispatcher.cancel(result)
                 spent["submit"].pop()
         return spent
+
+    @staticmethod
+    def dropped(_: object) -> None:
+        """Held requests are cancelled before they could be called back."""
 
 
 def _timed(into: list[float], call: Callable[[], Any]) -> Any:

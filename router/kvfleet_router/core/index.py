@@ -22,6 +22,8 @@ Match = list[tuple[int, int]]
 MAX_TOTAL_BLOCKS = 4_000_000
 """Blocks indexed over all workers (a block on two workers counts twice): about 0.6 GB at the very worst."""
 MIN_CAPACITY_BLOCKS = 64
+EVICTION_PART = 64
+"""One eviction frees this part of the capacity."""
 
 
 class WorkerCache:
@@ -56,8 +58,12 @@ class WorkerCache:
     def capacity_blocks(self) -> int:
         return self._capacity
 
-    @capacity_blocks.setter
-    def capacity_blocks(self, blocks: int) -> None:
+    @property
+    def free_blocks(self) -> int:
+        """Room for new blocks before old ones go. What one eviction frees at once is slack of the index, not of the engine."""
+        return max(self._capacity - self._capacity // EVICTION_PART - len(self._used_at), 0)
+
+    def resize(self, blocks: int) -> None:
         self._capacity = max(blocks, MIN_CAPACITY_BLOCKS)
         self._evict(len(self._used_at) - self._capacity)
 
@@ -95,7 +101,9 @@ class WorkerCache:
             used_at[block] = now
         excess = len(used_at) - self._capacity
         if excess > 0:
-            self._evict(excess + self._capacity // 64)  # some more at once: the walk to the oldest is worth it
+            self._evict(
+                excess + self._capacity // EVICTION_PART
+            )  # some more at once: the walk to the oldest is worth it
 
     def remove(self, blocks: Iterable[int]) -> None:
         """The worker holds these blocks no more. What in-flight prompts pin stays: the engine cannot have dropped it."""
@@ -139,28 +147,42 @@ class PrefixIndex:
     """All workers' caches, over one table of blocks."""
 
     def __init__(self, max_total_blocks: int = MAX_TOTAL_BLOCKS) -> None:
-        self.max_total_blocks = max_total_blocks
+        self._max_total_blocks = max_total_blocks
         self._holders: dict[int, int] = {}
+        self._wanted: dict[WorkerCache, int] = {}
+        self._share = 1.0
         self._free_slots: list[int] = []
-        self._next_slot = 0
 
     def __len__(self) -> int:
         return len(self._holders)
 
     def add_worker(self, capacity_blocks: int) -> WorkerCache:
         """A worker with an empty cache, in the lowest slot that is free."""
-        if self._free_slots:
-            self._free_slots.sort(reverse=True)
-            slot = self._free_slots.pop()
-        else:
-            slot = self._next_slot
-            self._next_slot += 1
-        return WorkerCache(self._holders, slot, max(capacity_blocks, MIN_CAPACITY_BLOCKS))
+        self._free_slots.sort(reverse=True)
+        slot = self._free_slots.pop() if self._free_slots else len(self._wanted)
+        cache = WorkerCache(self._holders, slot, MIN_CAPACITY_BLOCKS)
+        self.set_capacity(cache, capacity_blocks)
+        return cache
+
+    def set_capacity(self, cache: WorkerCache, blocks: int) -> None:
+        """What the worker's KV cache holds. All get less where the sum would be too much."""
+        self._wanted[cache] = blocks
+        cache.resize(int(blocks * self._share))
+        self._fit()
 
     def remove_worker(self, cache: WorkerCache) -> None:
         """Forget the worker; its slot may go to another. Late `unpin`s of its tickets do nothing."""
         cache.clear()
+        del self._wanted[cache]
         self._free_slots.append(cache.slot)
+        self._fit()
+
+    def _fit(self) -> None:
+        share = min(self._max_total_blocks / max(sum(self._wanted.values()), 1), 1.0)
+        if share != self._share:
+            self._share = share
+            for cache, blocks in self._wanted.items():
+                cache.resize(int(blocks * share))
 
     def match(self, blocks: Iterable[int]) -> Match:
         """For every worker that holds the first block: how many leading blocks it holds."""

@@ -35,9 +35,12 @@ class ModelStats:
 class Pool:
     """One ModelPool's workers and what they share."""
 
-    def __init__(self, config: PoolConfig, stats: ModelStats, block_bytes: int, itl_slo_s: float) -> None:
+    def __init__(
+        self, config: PoolConfig, stats: ModelStats, index: PrefixIndex, block_bytes: int, itl_slo_s: float
+    ) -> None:
         self.name = config.name
         self.workers: dict[str, Worker] = {}
+        self._index = index
         self.load = 0.0
         """Mean of its workers: 0 idle, 1 at the edge of the ITL SLO."""
         self._start_learning(config.cost)
@@ -58,11 +61,16 @@ class Pool:
         self.cost = cost
         self.calibration = Calibration(cost.step_s, cost.step_s_per_sequence)
         self.prefill_factor, self.step_s, self.step_s_per_sequence = self.calibration.figures()
+        self._unpublished = 0
         for worker in self.workers.values():
             worker.start_learning()
 
     def publish(self) -> None:
-        """Let all workers take over what was learned, once it has changed noticeably."""
+        """Let all workers take over what was learned, once it has changed noticeably; not more often than it pays."""
+        self._unpublished += 1
+        if self._unpublished < len(self.workers):
+            return
+        self._unpublished = 0
         published = (self.prefill_factor, self.step_s, self.step_s_per_sequence)
         learned = self.calibration.figures()
         if any(abs(new - old) > PUBLISH_CHANGE * old for new, old in zip(learned, published, strict=True)):
@@ -78,7 +86,7 @@ class Pool:
     def _fit_blocks(self) -> None:
         self.block_tokens = self.block_bytes / self.stats.ratio.bytes_per_token
         for worker in self.workers.values():
-            worker.cache.capacity_blocks = self.capacity_blocks
+            self._index.set_capacity(worker.cache, self.capacity_blocks)
             worker.adopt_costs()
 
     @property
@@ -154,7 +162,7 @@ class Fleet:
             if name in self.pools:
                 self.pools[name].adopt(config, stats, block_bytes, slo)
             else:
-                self.pools[name] = Pool(config, stats, block_bytes, slo)
+                self.pools[name] = Pool(config, stats, self.index, block_bytes, slo)
             if config.endpoints:
                 self.set_endpoints(name, [WorkerEndpoint(e.name, e.url) for e in config.endpoints], now)
         models = {config.model for config in wanted.values()}

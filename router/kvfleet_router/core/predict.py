@@ -29,9 +29,11 @@ STEP_SLACK_S = 0.001
 
 def backlog_s(worker: Worker, now: float) -> float:
     """Seconds until the worker could begin with another prompt."""
-    if not worker.backlog_s:
+    left = worker.backlog_s
+    if not left:
         return 0.0
-    left = worker.backlog_s - min(max(now - worker.head_since, 0.0), worker.head_prefill_s)
+    elapsed, head = now - worker.head_since, worker.head_prefill_s
+    left -= head if elapsed > head else elapsed
     return worker.inflation * left if left > 0.0 else 0.0
 
 
@@ -43,14 +45,15 @@ def ttft_parts(arrival: Arrival, worker: Worker, cached_tokens: float, now: floa
     step = worker.step_now_s
     backlog = backlog_s(worker, now)
     expected = arrival.expected_output_tokens
-    life = expected * (step + STEP_SLACK_S) + backlog / 2
     kv_wait = 0.0
     deficit = worker.kv_used_tokens + uncached + expected - worker.kv_tokens
-    if deficit > 0.0:
-        kv_wait = deficit * life / max(worker.kv_used_tokens, 1.0)
     surplus = worker.decoding + worker.pending + 1 - worker.max_sequences
-    if surplus > 0:
-        kv_wait = max(kv_wait, surplus * life / worker.max_sequences)
+    if deficit > 0.0 or surplus > 0:
+        life = expected * (step + STEP_SLACK_S) + backlog / 2
+        if deficit > 0.0:
+            kv_wait = deficit * life / max(worker.kv_used_tokens, 1.0)
+        if surplus > 0:
+            kv_wait = max(kv_wait, surplus * life / worker.max_sequences)
     return backlog, worker.inflation * prefill, step, kv_wait
 
 
@@ -62,7 +65,7 @@ def ttft_parts_many(
     uncached = prompt - cached_tokens
     prefill = uncached * (workers.prefill_s_per_token + workers.prefill_s_per_token_pair * (prompt - uncached / 2))
     step = workers.step_now_s
-    left = workers.backlog_s - np.minimum(np.maximum(now - workers.head_since, 0.0), workers.head_prefill_s)
+    left = workers.backlog_s - np.minimum(now - workers.head_since, workers.head_prefill_s)
     backlog = workers.inflation * np.maximum(left, 0.0)
     expected = arrival.expected_output_tokens
     life = expected * (step + STEP_SLACK_S) + backlog / 2

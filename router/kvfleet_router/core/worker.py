@@ -347,6 +347,6 @@ class Worker:
         block_tokens = self.pool_state.block_tokens
         in_flight_tokens = self._loose_tokens + generated
         self.kv_used_tokens = in_flight_tokens + self.cache.pinned_blocks * block_tokens
-        self.kv_free_tokens = self.kv_tokens - in_flight_tokens - len(self.cache) * block_tokens
+        self.kv_free_tokens = self.cache.free_blocks * block_tokens - in_flight_tokens
         self.tail_used_at = self.cache.tail_used_at
         self._stale.add(self)

@@ -103,7 +103,7 @@ class KVFleet(Policy):
     parts = ("backlog", "prefill", "step", "kv_wait", "prefill_weight", "harm", "evict", "slo", "energy")
     uses_prefix = True
     measures_cost = True
-    columns_from = 24
+    columns_from = 40
     tie = 0.0005
 
     latency: ClassVar[Weights] = GOODPUT
@@ -148,17 +148,17 @@ class KVFleet(Policy):
             middle, width = weights.itl_margin * target, ITL_SHARPNESS * target
             free = 1.0
             if worker.prefill_share:
-                since = min(worker.prefill_share_at - now, 0.0)
-                free -= worker.prefill_share * exp(since / PREFILL_SHARE_WINDOW_S)
+                free -= worker.prefill_share * exp((worker.prefill_share_at - now) / PREFILL_SHARE_WINDOW_S)
+            left = free - own / PREFILL_SHARE_WINDOW_S
             step_with = step + per_sequence + per_token * prompt
-            itl_with = step_with / max(free - own / PREFILL_SHARE_WINDOW_S, MIN_DECODE_SHARE)
+            itl_with = step_with / (left if left > MIN_DECODE_SHARE else MIN_DECODE_SHARE)
             after = _sigmoid((itl_with - middle) / width)
             slo = weights.itl_slo_s * after
             if sequences:
-                itl = step / max(free, MIN_DECODE_SHARE)
+                itl = step / (free if free > MIN_DECODE_SHARE else MIN_DECODE_SHARE)
                 slo += weights.itl_slo_s * sequences * (after - _sigmoid((itl - middle) / width))
-                spare = max(target - itl, MIN_SPARE_ITL * target)
-                stalled = arrival.outputs.share_up_to(1.0 + own / spare)
+                spare, least = target - itl, MIN_SPARE_ITL * target
+                stalled = arrival.outputs.share_up_to(1.0 + own / (spare if spare > least else least))
                 slo += weights.stall_s * stalled * (pending + decoding * STALLED_DECODING)
         slack = arrival.deadline - now
         if weights.ttft_slo_s and slack > 0.0:
@@ -193,8 +193,7 @@ class KVFleet(Policy):
         if weights.itl_slo_s:
             target = self.config.itl_slo_s
             middle, width = weights.itl_margin * target, ITL_SHARPNESS * target
-            since = np.minimum(workers.prefill_share_at - now, 0.0)
-            free = 1.0 - workers.prefill_share * np.exp(since / PREFILL_SHARE_WINDOW_S)
+            free = 1.0 - workers.prefill_share * np.exp((workers.prefill_share_at - now) / PREFILL_SHARE_WINDOW_S)
             step_with = step + per_sequence + per_token * prompt
             itl_with = step_with / np.maximum(free - own / PREFILL_SHARE_WINDOW_S, MIN_DECODE_SHARE)
             after = _sigmoids((itl_with - middle) / width)

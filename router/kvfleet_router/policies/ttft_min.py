@@ -19,7 +19,7 @@ class TTFTMin(Policy):
     parts = ("backlog", "prefill", "step", "kv_wait")
     uses_prefix = True
     measures_cost = True
-    columns_from = 48
+    columns_from = 40
     tie = 0.0005
 
     def score(self, arrival: Arrival, worker: Worker, cached_tokens: float, now: float) -> tuple[float, ...]:

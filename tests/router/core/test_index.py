@@ -195,6 +195,29 @@ def test_a_smaller_capacity_evicts_at_once(capacity):
     index = PrefixIndex()
     cache = index.add_worker(2000)
     cache.store(list(range(2000)), 0.0)
-    cache.capacity_blocks = capacity
+    cache.resize(capacity)
     assert len(cache) == capacity
     assert by_slot(index.match(list(range(2000)))) == {0: capacity}
+
+
+def test_the_sum_of_all_capacities_is_bounded():
+    index = PrefixIndex(max_total_blocks=1000)
+    caches = [index.add_worker(400) for _ in range(2)]
+    assert [cache.capacity_blocks for cache in caches] == [400, 400]
+    caches += [index.add_worker(400) for _ in range(3)]
+    assert [cache.capacity_blocks for cache in caches] == [200] * 5
+    for cache in caches:
+        cache.store(list(range(300)), 0.0)
+    assert all(len(cache) <= 200 for cache in caches)
+    for cache in caches[:3]:
+        index.remove_worker(cache)
+    assert [cache.capacity_blocks for cache in caches[3:]] == [400, 400]
+
+
+def test_a_full_cache_has_no_free_blocks_even_right_after_an_eviction():
+    index = PrefixIndex()
+    cache = index.add_worker(6400)
+    for start in range(0, 12_000, 10):
+        cache.store(list(range(start, start + 10)), 0.0)
+    assert len(cache) < 6400
+    assert cache.free_blocks < 20

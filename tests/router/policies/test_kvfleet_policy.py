@@ -1,0 +1,206 @@
+"""The kvfleet policy: each part of its cost against the formula, and what the parts do together."""
+
+from math import exp
+
+import pytest
+from routing_fleet import COST, Fleet, config, cost, policy, pool, request
+
+from kvfleet_router.core.dispatcher import Held
+from kvfleet_router.policies.kvfleet import (
+    ENERGY_FULL_BELOW_LOAD,
+    ENERGY_OFF_ABOVE_LOAD,
+    GOODPUT,
+    GUARD,
+    LATENCY,
+    KVFleet,
+)
+
+PARTS = KVFleet.parts
+
+
+def parts_of(fleet, parsed, *, cached=0.0, load=0.0):
+    """The parts of the cost of a request on the (first) worker, and its arrival."""
+    dispatcher = fleet.dispatcher
+    lane = dispatcher._routes.find(parsed)
+    arrival = dispatcher._arrival(parsed, "x", lane, fleet.now)
+    arrival.load = load
+    scored = lane.policy.score(arrival, dispatcher.workers()[0], cached, fleet.now)
+    return dict(zip(PARTS, scored, strict=True)), arrival
+
+
+def one_worker(strategy="kvfleet", model=COST, **fields):
+    return Fleet(config(policy(strategy=strategy, **fields), pools=[pool(workers=1, cost=model)]))
+
+
+def decoding(fleet, count, tokens=100):
+    """So many sequences decoding, no prefill in the recent past."""
+    for n in range(count):
+        ticket = fleet.sent(request(tokens, prefix=("decoding", n)))
+        fleet.now += 0.01
+        fleet.dispatcher.first_token(ticket)
+    fleet.now += 500
+    return fleet.dispatcher.workers()[0]
+
+
+def sigmoid(x):
+    return 1 / (1 + exp(-x))
+
+
+def test_an_idle_worker_costs_its_prefill_and_a_step():
+    parts, _ = parts_of(one_worker(), request(2000))
+    own = COST.prefill_s(2000, 2000) * (1 + COST.step_s / (8192 * COST.prefill_s_per_token))
+    assert parts["prefill"] == pytest.approx(own)
+    assert parts["prefill_weight"] == pytest.approx(GOODPUT.own_prefill * own)
+    assert parts["step"] == COST.step_s
+    assert parts["backlog"] == parts["kv_wait"] == parts["harm"] == parts["evict"] == parts["energy"] == 0.0
+    assert 0 <= parts["slo"] < 1e-3
+
+
+def test_cached_tokens_save_their_prefill():
+    fleet = one_worker()
+    whole, _ = parts_of(fleet, request(4000))
+    half, _ = parts_of(fleet, request(4000), cached=2000.0)
+    assert half["prefill"] == pytest.approx(COST.prefill_s(2000, 4000) / COST.prefill_s(4000, 4000) * whole["prefill"])
+
+
+def test_harm_is_what_sequences_slow_each_other():
+    fleet = one_worker()
+    worker = decoding(fleet, 10)
+    parts, arrival = parts_of(fleet, request(1000))
+    h, c, e = COST.step_s_per_sequence, COST.step_s_per_context_token, arrival.expected_output_tokens
+    n1 = worker.pending + worker.decoding
+    expected = GOODPUT.decode_harm * e * ((h + c * (1000 + e / 2)) * n1 + h * n1 + c * worker.context_tokens)
+    assert parts["harm"] == pytest.approx(expected)
+
+
+def test_latency_constants_count_interrupted_sequences_and_no_slo():
+    fleet = one_worker("kvfleet_latency")
+    worker = decoding(fleet, 10)
+    parts, _ = parts_of(fleet, request(1000))
+    assert parts["slo"] == 0.0
+    assert parts["prefill_weight"] == pytest.approx(LATENCY.own_prefill * parts["prefill"])
+    goodput, _ = parts_of(one_worker(), request(1000))
+    assert parts["harm"] - goodput["harm"] > LATENCY.prefill_harm * parts["prefill"] * worker.decoding
+
+
+def test_a_full_cache_costs_what_is_evicted_and_less_the_older_it_is():
+    fleet = one_worker()
+    worker = fleet.dispatcher.workers()[0]
+    fleet.now = 1000.0
+    worker.cache.store([hash(("old", n)) for n in range(worker.cache.capacity_blocks * 2)], 990.0)
+    worker.adopt_costs()
+    parts, arrival = parts_of(fleet, request(4000))
+    overflow = 4000 + arrival.expected_output_tokens - worker.kv_free_tokens
+    expected = GOODPUT.eviction * overflow * COST.prefill_s_per_token * exp(-10 / 60)
+    assert parts["evict"] == pytest.approx(expected)
+    fleet.now = 1600.0
+    assert parts_of(fleet, request(4000))[0]["evict"] < expected / 1000
+
+
+def test_pushing_sequences_over_the_itl_slo_is_what_costs():
+    """At 9 of 10 ms the next sequence costs much, at 5 or far beyond the SLO next to nothing."""
+    for batch, expected in ((5, "little"), (30, "much"), (120, "little")):
+        fleet = one_worker(itl_slo_s=0.010)
+        decoding(fleet, batch)
+        slo = parts_of(fleet, request(10))[0]["slo"]
+        assert (slo > 0.4) == (expected == "much") or slo == pytest.approx(GOODPUT.itl_slo_s, rel=0.5), batch
+
+
+def test_the_slo_part_is_the_formula():
+    fleet = one_worker(itl_slo_s=0.012, ttft_slo_s=0.5)
+    worker = decoding(fleet, 20)
+    parts, arrival = parts_of(fleet, request(3000))
+    step, own = worker.step_now_s, parts["prefill"]
+    h, c = COST.step_s_per_sequence, COST.step_s_per_context_token
+    share = worker.prefill_share * exp((worker.prefill_share_at - fleet.now) / 20)
+
+    def v(x):
+        return sigmoid((x - 0.95 * 0.012) / (0.06 * 0.012))
+
+    after = v((step + h + c * 3000) / (1 - share - own / 20))
+    itl = step / (1 - share)
+    ttft = parts["backlog"] + own + parts["step"] + parts["kv_wait"]
+    slack = arrival.deadline - fleet.now
+    expected = GOODPUT.itl_slo_s * (after + 20 * (after - v(itl)))
+    expected += GOODPUT.stall_s * arrival.outputs.share_up_to(1 + own / (0.012 - itl)) * 20 / 3
+    expected += GOODPUT.ttft_slo_s * sigmoid((ttft - 0.9 * slack) / (0.05 * slack))
+    assert parts["slo"] == pytest.approx(expected)
+
+
+def test_short_answers_about_to_begin_keep_long_prefills_away():
+    fleet = one_worker()
+    for n in range(100):
+        fleet.answer(fleet.sent(request(10, prefix=("label", n))), output_tokens=3)
+    fleet.now += 500
+    before = parts_of(fleet, request(2000))[0]["slo"]
+    for n in range(5):
+        fleet.sent(request(10, prefix=("pending", n)))
+    assert parts_of(fleet, request(2000))[0]["slo"] > before + 2.0
+    assert parts_of(fleet, request(4))[0]["slo"] < 0.5
+
+
+def test_a_deadline_out_of_reach_costs_no_more():
+    fleet = one_worker(ttft_slo_s=0.05)
+    on_time, _ = parts_of(fleet, request(100))
+    late, arrival = parts_of(fleet, request(1000, prefix=2))
+    assert late["slo"] - on_time["slo"] < 0.01  # due after three times its unloaded TTFT
+    fleet.now = arrival.deadline + 1
+    score = dict(zip(PARTS, arrival.lane.policy.score(arrival, fleet.worker("pool-0"), 0.0, fleet.now), strict=True))
+    assert score["slo"] < GOODPUT.ttft_slo_s / 10
+
+
+@pytest.mark.parametrize(
+    ("load", "price", "weights"),
+    [
+        (0.0, 1.0, GUARD),
+        (ENERGY_FULL_BELOW_LOAD, 1.0, GUARD),
+        ((ENERGY_FULL_BELOW_LOAD + ENERGY_OFF_ABOVE_LOAD) / 2, 0.5, None),
+        (ENERGY_OFF_ABOVE_LOAD, 0.0, GOODPUT),
+        (1.0, 0.0, GOODPUT),
+    ],
+)
+def test_energy_steps_back_as_load_rises(load, price, weights):
+    chosen, paid = KVFleet(policy(energy_mode="Prefer", energy_s_per_joule=0.0005))._weights(load)
+    assert paid == pytest.approx(price * 0.0005)
+    if weights:
+        assert chosen == weights
+    else:
+        assert GOODPUT.itl_slo_s < chosen.itl_slo_s < GUARD.itl_slo_s
+        assert GUARD.itl_margin < chosen.itl_margin < GOODPUT.itl_margin
+
+
+def test_energy_is_priced_by_marginal_joules():
+    fleet = one_worker(energy_mode="Prefer", energy_s_per_joule=0.0002)
+    ticket = fleet.sent(request(1000, prefix="first"))
+    record = fleet.dispatcher.decisions.get(ticket.id)["tries"][0]
+    assert record["candidates"][0]["parts"]["energy"] == pytest.approx(0.0002 * ticket.joules)
+    assert parts_of(fleet, request(1000), load=1.0)[0]["energy"] == 0.0
+
+
+def test_with_energy_the_frugal_accelerator_wins_where_both_meet_the_slo():
+    frugal = cost(prefill_s_per_token=5e-5, step_joules=1.0, token_joules=0.03)
+    pools = [pool("fast", 1), pool("frugal", 1, cost=frugal)]
+
+    def pool_of(tokens, **fields):
+        fleet = Fleet(config(policy(pools=["fast", "frugal"], **fields), pools=pools))
+        return fleet.sent(request(tokens)).worker.pool
+
+    assert pool_of(1000) == "fast"
+    assert pool_of(1000, energy_mode="Prefer") == "frugal"
+
+
+def test_the_request_waits_at_the_router_while_the_best_backlog_is_long():
+    fleet = one_worker()
+    limit = GOODPUT.hold_above_s
+    first = fleet.sent(request(round(limit / 40e-6) - 400, prefix=1))
+    assert not isinstance(fleet.submit(request(400, prefix=2)), Held)
+    assert isinstance(fleet.submit(request(400, prefix=3)), Held)
+    fleet.now += first.predicted_ttft_s
+    fleet.dispatcher.first_token(first)
+    assert len(fleet.called_back) == 1
+
+
+def test_without_a_queue_nothing_waits():
+    fleet = one_worker(admission={"max_queue": 0})
+    for n in range(5):
+        fleet.sent(request(20_000, prefix=n))
