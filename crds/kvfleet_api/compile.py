@@ -42,7 +42,7 @@ class Problem:
     namespace: str | None
     name: str
     condition: Literal["Accepted", "ResolvedRefs", "Conflicted"]
-    """The condition it belongs to; `Conflicted` becomes True by it, the others False."""
+    """The condition it belongs to; an error makes it False (`Conflicted`: True), a warning goes into its message."""
     reason: str
     field: str
     message: str
@@ -231,7 +231,7 @@ def _cost(pool: ModelPool, profiles: dict[str, AcceleratorProfile], problems: li
         return resolve_cost(profile.spec, spec.model, parallelism.tensor, parallelism.pipeline, spec.engine.args)
     except CostError as error:
         message = f"{error} (until then a generic cost is used)"
-        problems.append(_problem(pool, f"spec.{error.field}", "Accepted", "CostUnknown", message))
+        problems.append(_problem(pool, f"spec.{error.field}", "Accepted", "CostUnknown", message, "Warning"))
         return GENERIC_COST
 
 

@@ -177,10 +177,11 @@ def test_a_missing_profile_leaves_the_pool_in_service() -> None:
     )
 
 
-def test_an_unknown_size_asks_for_it() -> None:
+def test_an_unknown_size_asks_for_it_and_hinders_nothing() -> None:
     fleet = compiled(pool("llama", "mystery"))
     assert fleet.config.pools[0].cost == GENERIC_COST
     assert (only(fleet).field, only(fleet).reason) == ("spec.model.parametersMillions", "CostUnknown")
+    assert fleet.errors == []
 
 
 def test_a_missing_pool_is_named_and_the_others_serve() -> None:

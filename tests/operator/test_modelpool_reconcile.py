@@ -106,6 +106,27 @@ def test_arguments_that_cut_the_wiring_warn_without_refusing(make):
     assert conditions["Ready"] == ("True", "Ready")
 
 
+def test_an_unknown_cost_warns_without_refusing(make):
+    given = given_for(make, replicas=2, model={"name": "mystery"})
+    conditions, status = conditions_of(given, workload())
+    assert conditions["Accepted"] == ("True", "AcceptedWithWarnings")
+    assert conditions["Ready"] == ("True", "Ready")
+    message = status["conditions"][0]["message"]
+    assert "spec.model.parametersMillions" in message and "generic cost" in message
+
+
+def test_a_name_that_is_taken_refuses_and_its_message_carries_the_warnings_too(make):
+    adapters = [{"name": "qwen-8b", "uri": "/a"}]
+    pool = make.parse(make.pool(metadata=UID, model={"name": "mystery"}, adapters=adapters))
+    other = make.parse(make.pool("other", model={"name": "qwen-8b"}))
+    profiles = [make.parse(make.profile())]
+    problems = [p for p in compile_fleet(None, [pool, other], [], profiles).problems if p.name == "llama"]
+    conditions, status = conditions_of(modelpool.PoolInput(pool, profiles[0], problems), workload())
+    assert conditions["Accepted"] == ("False", "NameTaken")
+    message = status["conditions"][0]["message"]
+    assert "spec.adapters[0].name" in message and "spec.model.parametersMillions" in message
+
+
 def test_adapters_count_as_loaded_once_rolled_out(make):
     adapters = [{"name": "sql", "uri": "/a"}, {"name": "law", "uri": "/b"}]
     assert conditions_of(given_for(make, replicas=2, adapters=adapters), workload())[1]["adapters"] == ["sql", "law"]

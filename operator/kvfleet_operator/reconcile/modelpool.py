@@ -94,9 +94,10 @@ def _accepted(given: PoolInput, rejections: Sequence[Rejection]) -> Finding:
     if rejections:
         return Finding("Accepted", "False", rejections[0].reason, " ".join(r.message for r in rejections))
     wrong = [problem for problem in given.problems if problem.condition == "Accepted"]
-    if wrong:
-        return Finding("Accepted", "False", wrong[0].reason, _sentences(wrong))
-    warnings = engine.unwired(given.pool.spec)
+    errors = [problem for problem in wrong if problem.severity == "Error"]
+    if errors:
+        return Finding("Accepted", "False", errors[0].reason, _sentences(wrong))
+    warnings = [*map(_sentence, wrong), *engine.unwired(given.pool.spec)]
     if warnings:
         return Finding("Accepted", "True", "AcceptedWithWarnings", "; ".join(warnings))
     return Finding("Accepted", "True", "Accepted", "The spec is valid and its objects are applied.")
@@ -123,7 +124,11 @@ def _resolved(given: PoolInput) -> Finding:
 
 
 def _sentences(problems: Sequence[Problem]) -> str:
-    return "; ".join(f"{problem.field}: {problem.message}" for problem in problems)
+    return "; ".join(map(_sentence, problems))
+
+
+def _sentence(problem: Problem) -> str:
+    return f"{problem.field}: {problem.message}"
 
 
 def _adapters(pool: ModelPool, reading: rollout.Rollout | None) -> list[str]:
