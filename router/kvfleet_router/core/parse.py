@@ -28,6 +28,8 @@ _LIST, _OBJECT = b"[{"
 
 MEDIA_BYTES = 4096
 """What an image, an audio clip or a video counts in the prompt: about a thousand tokens."""
+WITHOUT_OUTPUT = frozenset(["embeddings", "pooling", "classify", "score", "rerank", "tokenize", "detokenize"])
+"""Endpoints (last part of the path) that prefill and generate nothing."""
 MAX_NAME_BYTES = 256
 """Longest model, tenant, session or salt; the API allows model names of 253."""
 MAX_PRIORITY = 2**31
@@ -116,8 +118,14 @@ class _Completion(_Body):
     prompt: str | list[str | int | list[int]] | None = None
 
 
+class _AnthropicMessages(_Chat):
+    system: msgspec.Raw = _NO_RAW
+
+
 class _Other(_Body):
+    instructions: msgspec.Raw = _NO_RAW
     input: msgspec.Raw = _NO_RAW
+    max_output_tokens: _Scalar = None
 
 
 class _Part(msgspec.Struct):
@@ -125,6 +133,7 @@ class _Part(msgspec.Struct):
 
 
 _CHAT = msgspec.json.Decoder(_Chat)
+_ANTHROPIC = msgspec.json.Decoder(_AnthropicMessages)
 _COMPLETION = msgspec.json.Decoder(_Completion)
 _OTHER = msgspec.json.Decoder(_Other)
 _RAW_LIST = msgspec.json.Decoder(list[msgspec.Raw])
@@ -138,7 +147,8 @@ def read_request(
     if len(body) > max_body_bytes:
         message = f"The body has {len(body)} bytes; this router takes {max_body_bytes}. Send less or raise the router's limit."
         raise RequestError(message, status=413, code="request_too_large")
-    reader = _READERS.get(path.partition("?")[0].removesuffix("/"), _read_other)
+    path = path.partition("?")[0].removesuffix("/")
+    reader = _READERS.get(path, _read_other)
     try:
         request = reader(body, headers)
     except msgspec.ValidationError as error:
@@ -151,6 +161,8 @@ def read_request(
         ) from None
     except RecursionError:
         raise RequestError("The body nests too deeply: flatten it", code="invalid_json") from None
+    if path.rpartition("/")[2] in WITHOUT_OUTPUT:
+        request.max_output_tokens = 0
     request.headers = headers
     request.tenant = _header(headers, b"x-tenant-id")
     request.session_id = _header(headers, b"x-session-id") or None
@@ -159,13 +171,21 @@ def read_request(
 
 def _read_chat(body: bytes, headers: Mapping[bytes, bytes]) -> ParsedRequest:
     chat = _CHAT.decode(body)
+    limit = chat.max_tokens if chat.max_completion_tokens is None else chat.max_completion_tokens
+    return _request("chat", chat, _conversation(chat, _NO_RAW), limit)
+
+
+def _read_anthropic(body: bytes, headers: Mapping[bytes, bytes]) -> ParsedRequest:
+    chat = _ANTHROPIC.decode(body)
+    return _request("other", chat, _conversation(chat, chat.system), chat.max_tokens)
+
+
+def _conversation(chat: _Chat, system: msgspec.Raw) -> bytes:
+    """Tools, system prompt and messages, as most chat templates order them."""
     if not chat.messages:
-        raise RequestError(
-            "`messages` is missing or empty: send at least one message",
-            param="messages",
-            code="missing_required_parameter",
-        )
-    pieces: list[bytes | msgspec.Raw] = [chat.tools] if chat.tools else []
+        problem = "`messages` is missing or empty: send at least one message"
+        raise RequestError(problem, param="messages", code="missing_required_parameter")
+    pieces: list[bytes | msgspec.Raw] = [chat.tools, system]
     for message in chat.messages:
         pieces.append(b"\n%b\n" % message.role.encode())
         content = message.content
@@ -174,10 +194,8 @@ def _read_chat(body: bytes, headers: Mapping[bytes, bytes]) -> ParsedRequest:
                 _add_parts(content, pieces)
             else:
                 pieces.append(content)
-        if message.tool_calls:
-            pieces.append(message.tool_calls)
-    limit = chat.max_tokens if chat.max_completion_tokens is None else chat.max_completion_tokens
-    return _request("chat", chat, b"".join(pieces), limit)
+        pieces.append(message.tool_calls)
+    return b"".join(pieces)
 
 
 def _add_parts(content: msgspec.Raw, pieces: list[bytes | msgspec.Raw]) -> None:
@@ -225,11 +243,12 @@ def _token_bytes(tokens: list[int] | list[str | int | list[int]]) -> bytes:
 
 
 def _read_other(body: bytes, headers: Mapping[bytes, bytes]) -> ParsedRequest:
-    """Embeddings, scoring, audio and what engines invent: routed by `model` where there is one."""
+    """Responses, embeddings, scoring, audio and what engines invent: routed by `model` where there is one."""
     if not body or b"json" not in headers.get(b"content-type", b"json"):
         return ParsedRequest("other", "", prompt_bytes=len(body))
     other = _OTHER.decode(body)
-    return _request("other", other, bytes(other.input), other.max_tokens)
+    limit = other.max_tokens if other.max_output_tokens is None else other.max_output_tokens
+    return _request("other", other, b"".join((other.instructions, other.input)), limit)
 
 
 def _request(kind: Kind, body: _Body, prompt: bytes, output_limit: _Scalar) -> ParsedRequest:
@@ -290,4 +309,5 @@ def _wrong_type(error: msgspec.ValidationError) -> RequestError:
 _READERS = {
     "/v1/chat/completions": _read_chat,
     "/v1/completions": _read_completion,
+    "/v1/messages": _read_anthropic,
 }

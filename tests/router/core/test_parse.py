@@ -113,6 +113,23 @@ def test_other_endpoints_are_routed_by_model_alone(path):
     assert (request.kind, request.model, request.prompt) == ("other", "m", b'"text"')
 
 
+def test_responses_and_embeddings_tell_their_output():
+    responses = {"model": "m", "instructions": "be brief", "input": "hello", "max_output_tokens": 9}
+    request = read("/v1/responses", responses)
+    assert (request.prompt, request.max_output_tokens) == (b'"be brief""hello"', 9)
+    assert read("/v1/embeddings", {"model": "m", "input": "hello"}).max_output_tokens == 0
+
+
+def test_anthropic_messages_are_conversations_with_a_system_prompt():
+    body = {"model": "m", "max_tokens": 5, "system": "be brief", "messages": HELLO, "stream": True}
+    request = read("/v1/messages", body)
+    assert (request.kind, request.max_output_tokens, request.stream) == ("other", 5, True)
+    assert request.prompt.startswith(b'"be brief"')
+    assert b"hello" in request.prompt
+    with pytest.raises(RequestError, match="messages"):
+        read("/v1/messages", {"model": "m"})
+
+
 def test_bodies_that_are_not_json_pass_on_other_endpoints():
     headers = {b"content-type": b"multipart/form-data; boundary=x"}
     request = read("/v1/audio/transcriptions", b"--x\r\n\xff\xfe", headers)
