@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint verify generate bench e2e clean
+.PHONY: help venv demo test lint verify generate bench bench-policies e2e clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no python >= 3.11 found; install one or run: make PYTHON=/path/to/python3.11" >&2; exit 1; }
@@ -41,6 +41,10 @@ generate: venv ## write the generated files
 
 bench: venv ## what a request, a chunk and a decision cost
 	$(BIN)/python bench/dataplane.py $(ARGS)
+
+bench-policies: venv ## every policy on every trace in DATA, as docs/simulate.md shows (long)
+	@test -n "$(DATA)" || { echo "error: say where the traces are: make bench-policies DATA=DIR" >&2; exit 2; }
+	$(BIN)/python bench/policies.py $(DATA) $(ARGS)
 
 e2e: venv ## end to end on a real Kubernetes API (KUBECONFIG, kind, or the built-in control plane)
 	e2e/run.sh $(ARGS)
