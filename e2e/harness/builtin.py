@@ -88,6 +88,12 @@ class BuiltinCluster(Cluster):
     def recover_node(self, name: str) -> None:
         self._lever(f"/e2e/nodes/{name}/recover")
 
+    def stop_api_server(self) -> None:
+        self._control_plane.stop_api_server()
+
+    def start_api_server(self) -> None:
+        self._control_plane.start_api_server()
+
     def diagnosis(self) -> str:
         failed = self._control_plane.failed_component()
         if failed is not None:

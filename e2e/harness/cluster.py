@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from abc import ABC, abstractmethod
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from kvfleet_api.fleetrouter import DEFAULT_ROUTER_IMAGE
 from kvfleet_api.modelpool import DEFAULT_ENGINE_IMAGE
 
 KIND_CLUSTER = "kvfleet-e2e"
+API_SERVER_TIMEOUT_S = 120
 
 
 class ClusterError(Exception):
@@ -50,6 +52,14 @@ class Cluster(ABC):
     @abstractmethod
     def recover_node(self, name: str) -> None:
         """Switches it on again."""
+
+    @abstractmethod
+    def stop_api_server(self) -> None:
+        """Nothing can be asked of the cluster from now on; pods go on."""
+
+    @abstractmethod
+    def start_api_server(self) -> None:
+        """Returns once it answers again."""
 
     @abstractmethod
     def diagnosis(self) -> str:
@@ -119,6 +129,14 @@ class ExistingCluster(Cluster):
     def recover_node(self, name: str) -> None:
         """None was failed."""
 
+    def stop_api_server(self) -> None:
+        raise ClusterError(
+            "the API server of a cluster that is not the tests' own goes on: use kind or unset KUBECONFIG"
+        )
+
+    def start_api_server(self) -> None:
+        """It was not stopped."""
+
     def diagnosis(self) -> str:
         return ""
 
@@ -172,6 +190,33 @@ class KindCluster(Cluster):
 
     def recover_node(self, name: str) -> None:
         self.run("docker", "start", name)
+
+    def stop_api_server(self) -> None:
+        """A static pod: its kubelet ends it when its manifest leaves the folder."""
+        self._move_manifest("/etc/kubernetes/manifests", "/etc/kubernetes")
+        self._wait_for_api(there=False)
+
+    def start_api_server(self) -> None:
+        self._move_manifest("/etc/kubernetes", "/etc/kubernetes/manifests")
+        self._wait_for_api(there=True)
+
+    def _move_manifest(self, source: str, target: str) -> None:
+        file = "kube-apiserver.yaml"
+        self.run("docker", "exec", f"{KIND_CLUSTER}-control-plane", "mv", f"{source}/{file}", f"{target}/{file}")
+
+    def _wait_for_api(self, there: bool) -> None:
+        deadline = time.monotonic() + API_SERVER_TIMEOUT_S
+        while time.monotonic() < deadline:
+            try:
+                self.run("kubectl", "get", "--raw=/readyz", "--request-timeout=2s")
+            except ClusterError:
+                if not there:
+                    return
+            else:
+                if there:
+                    return
+            time.sleep(0.5)
+        raise ClusterError(f"the API server was not {'back' if there else 'gone'} within {API_SERVER_TIMEOUT_S} s")
 
     def diagnosis(self) -> str:
         return ""

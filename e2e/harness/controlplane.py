@@ -26,6 +26,7 @@ from harness.network import NODE_IP, POD_CIDR, SERVICE_CIDR
 
 SERVER = f"https://{NODE_IP}:6443"
 START_TIMEOUT_S = 120
+API_SERVER = "kube-apiserver"
 PROXY_NODE = "node-0"
 NODE_GRACE_S = 20
 """After which a silent node counts as lost (default 50)."""
@@ -57,6 +58,7 @@ class ControlPlane:
     outlives_us: bool = False
     """Whether the components go on when this process is killed."""
     _processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    _commands: dict[str, tuple[list[str], dict[str, str] | None]] = field(default_factory=dict)
     _tokens: dict[str, str] = field(default_factory=lambda: {user: secrets.token_hex(16) for user in _USERS})
 
     @property
@@ -75,12 +77,13 @@ class ControlPlane:
         self._start_api_server()
         for user in _USERS:
             self._write_kubeconfig(user)
-        self._wait_ready("kube-apiserver", "/readyz")
+        self._wait_ready(API_SERVER, "/readyz")
         self._authorise_kubelet()
         self._start_controllers()
 
     def run(self, name: str, command: list[str], environment: dict[str, str] | None = None) -> None:
         """Starts a process of the cluster; its output goes to `<name>.log`."""
+        self._commands[name] = command, environment
         if not self.outlives_us:
             command = [_setpriv(), "--pdeathsig", "KILL", *command]
         with (self.folder / f"{name}.log").open("ab") as log:
@@ -98,13 +101,17 @@ class ControlPlane:
     def stop(self) -> None:
         """The newest first; the kubelet thereby ends its pods before the API server goes."""
         for process in reversed(self._processes.values()):
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            _end(process)
         self._processes.clear()
+
+    def stop_api_server(self) -> None:
+        """The other components and all pods go on."""
+        _end(self._processes[API_SERVER])
+
+    def start_api_server(self) -> None:
+        """Again, with what it had stored."""
+        self.run(API_SERVER, *self._commands[API_SERVER])
+        self._wait_ready(API_SERVER, "/readyz")
 
     def release(self) -> None:
         """The components go on without us."""
@@ -150,7 +157,7 @@ class ControlPlane:
 
     def _start_api_server(self) -> None:
         self._component(
-            "kube-apiserver",
+            API_SERVER,
             "--etcd-servers=http://127.0.0.1:2379",
             "--bind-address=0.0.0.0",
             f"--advertise-address={NODE_IP}",
@@ -262,6 +269,15 @@ class ControlPlane:
             f"{component} was not ready within {START_TIMEOUT_S} s ({last}); the end of its log:\n"
             + self.log_end(component)
         )
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _setpriv() -> str:

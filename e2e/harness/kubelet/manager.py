@@ -20,6 +20,8 @@ from harness.kubelet.worker import PodWorker
 log = logging.getLogger(__name__)
 
 COMPONENT = "process-kubelet"
+CORRECT_EVERY_S = 10
+"""How often pods' statuses are compared with what the API server has: as a real kubelet does."""
 
 
 @dataclass
@@ -55,6 +57,7 @@ class Manager:
                 tasks.create_task(node.run())
             tasks.create_task(self._pods.run())
             tasks.create_task(self._send_events())
+            tasks.create_task(self._correct())
 
     # --- for the server
 
@@ -114,6 +117,13 @@ class Manager:
         task = self._tasks.create_task(worker.run(), name=pod["metadata"]["name"])
         self._running[uid] = Running(worker, task, node)
         task.add_done_callback(lambda _: self._running.pop(uid, None))
+
+    async def _correct(self) -> None:
+        """The node controller calls pods of a node it holds to be lost not ready; nobody but us can take that back."""
+        while True:
+            await asyncio.sleep(CORRECT_EVERY_S)
+            for running in self._running.values():
+                running.worker.correct()
 
     def _config_changed(self) -> None:
         for running in self._running.values():

@@ -1,9 +1,10 @@
-"""Nodes: registration with capacity and labels, and the leases that keep them Ready."""
+"""Nodes: registration with capacity and labels, the leases that keep them Ready, and their own word that they are."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from datetime import UTC, datetime
 
 import aiohttp
@@ -17,6 +18,8 @@ log = logging.getLogger(__name__)
 LEASE_DURATION_S = 40
 RENEW_EVERY_S = 2
 """A real kubelet: 10. The controller-manager is told to give a node up sooner, too."""
+REPORT_EVERY_S = 10
+"""How often a node looks whether the API server still knows it to be Ready: as a real kubelet does."""
 LEASES = "/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases"
 
 
@@ -80,28 +83,42 @@ class Node:
         self._api = api
 
     async def register(self) -> None:
-        version = (await self._api.get("/version"))["gitVersion"]
         try:
             await self._api.create("/api/v1/nodes", node_object(self._node))
         except ApiError as error:
             if error.status != 409:
                 raise
-        status = node_status(self._node, self._config, version)
-        await self._api.patch(f"/api/v1/nodes/{self.name}/status", {"status": status})
+        await self._report()
 
     async def run(self) -> None:
-        """Renews the lease while online; a node that comes back reports itself Ready again."""
+        """Renews the lease while online; a node that was held to be lost reports itself Ready again."""
         known: Object | None = None
+        reported_at = time.monotonic()
         while True:
             if not self.online.is_set():
                 await self.online.wait()
                 await self.register()
             try:
                 known = await self._renew(known)
+                if time.monotonic() - reported_at > REPORT_EVERY_S:
+                    reported_at = time.monotonic()
+                    await self._correct()
             except (ApiError, aiohttp.ClientError, TimeoutError, OSError) as error:
                 log.warning("lease of %s: %s", self.name, error)
                 known = None
             await asyncio.sleep(RENEW_EVERY_S)
+
+    async def _report(self) -> None:
+        version = (await self._api.get("/version"))["gitVersion"]
+        status = node_status(self._node, self._config, version)
+        await self._api.patch(f"/api/v1/nodes/{self.name}/status", {"status": status})
+
+    async def _correct(self) -> None:
+        """While the API server was away no lease was renewed: the node controller took the node for lost."""
+        conditions = (await self._api.get(f"/api/v1/nodes/{self.name}"))["status"].get("conditions") or []
+        if not any(entry["type"] == "Ready" and entry["status"] == "True" for entry in conditions):
+            log.info("%s is not lost", self.name)
+            await self._report()
 
     async def _renew(self, known: Object | None) -> Object:
         path = f"{LEASES}/{self.name}"
@@ -115,5 +132,5 @@ class Node:
         return await self._api.replace(path, {**known, "spec": self._lease_spec()})
 
     def _lease_spec(self) -> Object:
-        time = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-        return {"holderIdentity": self.name, "leaseDurationSeconds": LEASE_DURATION_S, "renewTime": time}
+        renewed = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        return {"holderIdentity": self.name, "leaseDurationSeconds": LEASE_DURATION_S, "renewTime": renewed}

@@ -123,6 +123,13 @@ class PodWorker:
         if pod["spec"].get("readinessGates"):
             self.changed()  # Somebody else's condition may have opened a gate.
 
+    def correct(self) -> None:
+        """Report again where the API server has another idea of the conditions than we."""
+        known = {entry["type"]: entry["status"] for entry in self.pod.get("status", {}).get("conditions") or []}
+        ours = pod_status(self.pod, self._view(), now())["conditions"]
+        if any(known.get(entry["type"]) != entry["status"] for entry in ours):
+            self.changed()
+
     def gone(self) -> None:
         """The object was removed (a forced deletion): there is no grace left."""
         self._gone.set()
