@@ -7,6 +7,7 @@ Rules, in the order in which they are checked for each wanted child:
 - It exists and is not ours: never touched; the owner's condition says so. Without any controller, but with our labels,
   it is an orphan of ours (`kvfleet render | kubectl apply`, a restored backup) and is adopted.
 - It is on its way out: left alone until it is gone.
+- It would run under a foreign namesake (`NEEDS`): it waits, so that no pod gets somebody else's account or configuration.
 - It is ours and as wanted: no request at all. Otherwise server-side apply with force, bound to its uid.
 
 The API server may store a field otherwise than it was sent (a webhook, a canonical form). What still differs right after
@@ -33,6 +34,8 @@ from kvfleet_operator.world import World
 logger = logging.getLogger(__name__)
 MAX_SPELLINGS: Final = 10_000
 ORDER: Final = {resource.kind: index for index, resource in enumerate(CHILDREN)}
+NEEDS: Final = {"RoleBinding": {"ServiceAccount"}, "Deployment": {"ServiceAccount", "ConfigMap"}}
+"""Kind → the kinds that must not be somebody else's before it is applied."""
 
 
 class Applier:
@@ -50,6 +53,9 @@ class Applier:
         rejections: list[Rejection] = []
         written = False
         for manifest in sorted(plan.objects, key=lambda manifest: ORDER[manifest["kind"]]):
+            foreign = {rejection.kind for rejection in rejections if rejection.reason == "NameConflict"}
+            if foreign & NEEDS.get(manifest["kind"], set()):
+                continue
             try:
                 written |= await self._one(owner, manifest)
             except Refused as refused:

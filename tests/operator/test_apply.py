@@ -4,9 +4,10 @@ import copy
 
 import pytest
 
+from kvfleet_api.compile import compile_fleet
 from kvfleet_operator.api import ApiError
 from kvfleet_operator.apply import Applier, OwnerGone
-from kvfleet_operator.reconcile import modelpool
+from kvfleet_operator.reconcile import fleetrouter, modelpool
 from kvfleet_operator.reconcile.plan import Plan
 from kvfleet_operator.world import World
 
@@ -114,6 +115,22 @@ async def test_a_foreign_namesake_is_never_touched(applier, cluster, make, pool)
     assert "was not made by kvfleet" in applied.rejections[0].message
     assert cluster.get(*SERVICE) == before
     assert cluster.get(*DEPLOYMENT)  # the others are brought about all the same
+
+
+@pytest.mark.parametrize(
+    ("kind", "held"), [("ServiceAccount", ["RoleBinding", "Deployment"]), ("ConfigMap", ["Deployment"])]
+)
+async def test_no_pod_runs_under_a_foreign_namesake(applier, cluster, make, kind, held):
+    router = make.parse(cluster.put(make.router()))
+    cluster.put({"apiVersion": "v1", "kind": kind, "metadata": {"name": "router"}})
+    plan = fleetrouter.children(fleetrouter.RouterInput(router, compile_fleet(router, [], [], []), {}))
+    applied, _ = await applier.bring_about(router, plan)
+    assert [(r.kind, r.reason) for r in applied.rejections] == [(kind, "NameConflict")]
+    wanted = {child["kind"] for child in plan.objects}
+    assert {name for name, _ in applied.live} == wanted - {kind, *held}
+    cluster.remove(kind, "router")
+    applied, _ = await applier.bring_about(router, plan)
+    assert {name for name, _ in applied.live} == wanted
 
 
 async def test_a_child_of_another_owner_is_never_touched(applier, cluster, make, pool):
