@@ -243,7 +243,9 @@ class Dispatcher:
             self._placement.pump(ticket.worker, now)
             return lane
         arrival.lane = lane
-        return self._placed(arrival, on_assigned, now)
+        result = self._placement.place(arrival, on_assigned, now)
+        self._placement.pump(ticket.worker, now)
+        return result
 
     def tick(self) -> float | None:
         """Queue timeouts, circuit breakers, held requests again. Returns seconds until it wants to be called again, or None."""

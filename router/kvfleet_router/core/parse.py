@@ -28,7 +28,9 @@ _LIST, _OBJECT = b"[{"
 
 MEDIA_BYTES = 4096
 """What an image, an audio clip or a video counts in the prompt: about a thousand tokens."""
-WITHOUT_OUTPUT = frozenset(["embeddings", "pooling", "classify", "score", "rerank", "tokenize", "detokenize"])
+WITHOUT_OUTPUT = frozenset(
+    ["embeddings", "pooling", "classify", "score", "rerank", "tokenize", "detokenize", "count_tokens"]
+)
 """Endpoints (last part of the path) that prefill and generate nothing."""
 MAX_NAME_BYTES = 256
 """Longest model, tenant, session or salt; the API allows model names of 253."""

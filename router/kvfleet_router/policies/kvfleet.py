@@ -14,9 +14,10 @@
     L prompt tokens, u uncached, E expected output, n_dec decoding, n1 decoding and pending, slack = deadline − now.
 
 Intent. Backlog is measured in time, so a short prompt does not queue behind an 80k one. The SLO term is marginal: a worker
-beyond its SLO costs nothing more, so overload is concentrated instead of pushing every worker just over the line. The stall term is what its
-means over 20 s miss: an answer of few tokens has no time to recover from one long prefill right behind its own, and the
-prompts still pending on a worker are exactly those whose answers begin when this prefill does. While the winner's backlog exceeds θ the request stays at the router, where it can still go elsewhere.
+beyond its SLO costs nothing more, so overload is concentrated instead of pushing every worker just over the line. Its stall
+term is what means over 20 s miss: an answer of few tokens has no time to recover from one long prefill right behind its
+own, and the prompts pending on a worker are exactly those whose answers begin when this prefill does. While the winner's
+backlog exceeds θ the request stays at the router, where it can still go elsewhere.
 
 With energy, the SLO weighs more and its margin is earlier (the guard), and joules have a price: load gathers on few
 workers. As load rises the price and the guard fade out, until the policy is the latency policy again.
