@@ -84,6 +84,11 @@ class PolicyConfig(Schema):
     admission: AdmissionSpec = Field(default_factory=AdmissionSpec)
     resilience: ResilienceSpec = Field(default_factory=ResilienceSpec)
 
+    @property
+    def revision(self) -> str:
+        """12 hex digits naming this very policy, its generation included."""
+        return _digest(_canonical(self))
+
 
 class FleetConfig(Schema):
     name: str = "local"
@@ -97,9 +102,17 @@ class FleetConfig(Schema):
 
     def to_json(self) -> str:
         """Canonical JSON: equal configurations give equal text."""
-        return json.dumps(self.model_dump(mode="json", by_alias=True), sort_keys=True, indent=1)
+        return _canonical(self)
 
     @property
     def revision(self) -> str:
         """12 hex digits naming this very configuration; routers report the one they serve with."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
+        return _digest(self.to_json())
+
+
+def _canonical(value: Schema) -> str:
+    return json.dumps(value.model_dump(mode="json", by_alias=True), sort_keys=True, indent=1)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -29,6 +29,7 @@ from kvfleet_router.io.auth import ApiKeys, Authenticator, KeysRejected
 from kvfleet_router.io.config_source import ConfigRejected, ConfigSource, FileSource, StaticSource
 from kvfleet_router.io.files import WatchedFiles
 from kvfleet_router.io.gate import Gate
+from kvfleet_router.io.loaded import Loaded
 from kvfleet_router.io.metrics import PREFIX, RouterMetrics
 from kvfleet_router.io.models import ModelList
 from kvfleet_router.io.proxy import Proxy
@@ -78,7 +79,8 @@ class RouterApp:
         self.dispatcher = Dispatcher(
             config, clock=self.clock, rng=self._rng, policies=REGISTRY, epoch_s=time.time() - self.clock()
         )
-        self.metrics = RouterMetrics(self.dispatcher)
+        self.loaded = Loaded(config)
+        self.metrics = RouterMetrics(self.dispatcher, self.loaded)
         self.metrics.extra += (self._connection_metrics, self._source.metrics)
         self._unready = "starting"
         self._sweeper: asyncio.TimerHandle | None = None
@@ -102,7 +104,7 @@ class RouterApp:
         limits = self.dispatcher.config.limits
         handler = self.proxy if self._api_keys is None else Authenticator(self.proxy, self._api_keys)
         self.server = Server(Gate(handler, lambda: self._source.unready), limits)
-        self.admin_server = Server(Admin(self.dispatcher, self._registry(), lambda: self.unready), limits)
+        self.admin_server = Server(Admin(self.dispatcher, self.loaded, self._registry(), lambda: self.unready), limits)
         self.admin_port = await self.admin_server.listen(self.admin_host, self.admin_port)
         tls = None if self._certificate is None else self._certificate.context
         self.port = await self.server.listen(self.host, self.port, tls=tls)
@@ -152,22 +154,24 @@ class RouterApp:
 
     def take_config(self, config: FleetConfig) -> None:
         """Serve `config` from now on; requests under way are not touched. Raises ConfigRejected."""
-        if config.revision == self.dispatcher.config.revision:
+        if config.revision == self.loaded.revision:
+            self.loaded.still_wanted()
             return
         try:
             self.dispatcher.configure(config)
         except ConfigError as error:
             raise ConfigRejected(str(error)) from error
+        self.loaded.take(config)
         self.server.limits = self.admin_server.limits = config.limits
         self._forget_origins()
-        log.info("configuration %s is in use", config.revision)
+        log.info("configuration %s is in use", self.loaded.revision)
 
     def take_endpoints(self, pool: str, endpoints: Sequence[WorkerEndpoint]) -> None:
         self.dispatcher.set_endpoints(pool, endpoints)
         self._forget_origins()
 
     def reject_config(self, reason: str) -> None:
-        self.metrics.config_errors += 1
+        self.loaded.refuse(reason)
         log.error("a configuration was not taken: %s", reason)
 
     def _forget_origins(self) -> None:

@@ -7,6 +7,7 @@
 /decisions/{id}         one decision, by its id or its request id
 /workers                every worker and its state
 /config                 revision and content of the configuration being served
+/loaded                 its revision, every policy's, and why a newer one is refused: what the operator asks for
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_late
 from kvfleet_router.core.dispatcher import Dispatcher
 from kvfleet_router.io import wire
 from kvfleet_router.io.connection import ClientConnection
+from kvfleet_router.io.loaded import Loaded
 from kvfleet_router.io.request import Request
 
 DEFAULT_LIMIT = 100
@@ -31,9 +33,12 @@ MAX_LIMIT = 10_000
 class Admin:
     """The admin port's Handler."""
 
-    def __init__(self, dispatcher: Dispatcher, registry: CollectorRegistry, unready: Callable[[], str]) -> None:
+    def __init__(
+        self, dispatcher: Dispatcher, loaded: Loaded, registry: CollectorRegistry, unready: Callable[[], str]
+    ) -> None:
         """`unready` says why the router should get no requests; empty: it should."""
         self._dispatcher = dispatcher
+        self._loaded = loaded
         self._registry = registry
         self._unready = unready
         self._routes: dict[str, Callable[[Request, ClientConnection], None]] = {
@@ -43,6 +48,7 @@ class Admin:
             "/decisions": self._decisions,
             "/workers": self._workers,
             "/config": self._config,
+            "/loaded": self._tell_loaded,
         }
 
     def handle(self, request: Request, connection: ClientConnection) -> None:
@@ -67,7 +73,7 @@ class Admin:
 
     def _readyz(self, request: Request, connection: ClientConnection) -> None:
         reason = self._unready()
-        body = {"status": reason or "ready", "revision": self._dispatcher.config.revision}
+        body = {"status": reason or "ready", "revision": self._loaded.revision}
         connection.reply(503 if reason else 200, orjson.dumps(body))
 
     def _decisions(self, request: Request, connection: ClientConnection) -> None:
@@ -101,9 +107,11 @@ class Admin:
         connection.reply(200, _json({"workers": workers}))
 
     def _config(self, request: Request, connection: ClientConnection) -> None:
-        config = self._dispatcher.config
-        content = config.model_dump(mode="json", by_alias=True)
-        connection.reply(200, _json({"revision": config.revision, "config": content}))
+        content = self._dispatcher.config.model_dump(mode="json", by_alias=True)
+        connection.reply(200, _json({"revision": self._loaded.revision, "config": content}))
+
+    def _tell_loaded(self, request: Request, connection: ClientConnection) -> None:
+        connection.reply(200, self._loaded.to_json())
 
 
 def _json(value: Any) -> bytes:

@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 
 from kvfleet_router.core.dispatcher import Dispatcher
 from kvfleet_router.core.learning import STREAM_OVERHEAD_CHUNKS
+from kvfleet_router.io.loaded import Loaded
 from kvfleet_router.io.usage import Usage
 
 if TYPE_CHECKING:
@@ -117,16 +118,15 @@ class Series:
 class RouterMetrics(Collector):
     """Counted by the exchanges, read by the scrape."""
 
-    def __init__(self, dispatcher: Dispatcher) -> None:
+    def __init__(self, dispatcher: Dispatcher, loaded: Loaded) -> None:
         self._dispatcher = dispatcher
+        self._loaded = loaded
         self._series: dict[Labels, Series] = {}
         self.decision = Histogram(DECISION_BUCKETS_S)
         self.retries: dict[tuple[str, str], int] = {}
         """By (pool, cause)."""
         self.errors: dict[str, int] = {}
         """By cause."""
-        self.config_errors = 0
-        """Configurations that could not be taken."""
         self.extra: list[Callable[[], Iterable[Metric]]] = []
         """Further families, asked at each scrape."""
 
@@ -298,10 +298,14 @@ class RouterMetrics(Collector):
         for policy, depth in dispatcher.queue_depths().items():
             queue.add_metric((policy,), depth)
         revision = GaugeMetricFamily(PREFIX + "config_info", "The configuration being served.", labels=("revision",))
-        revision.add_metric((dispatcher.config.revision,), 1)
+        revision.add_metric((self._loaded.revision,), 1)
         rejected = CounterMetricFamily(PREFIX + "config_errors", "Configurations that could not be taken.")
-        rejected.add_metric((), self.config_errors)
-        yield from (in_flight, workers, predicted, pack, queue, revision, rejected)
+        rejected.add_metric((), self._loaded.errors)
+        refused = GaugeMetricFamily(
+            PREFIX + "config_refused", "Whether a newer configuration is there that cannot be served."
+        )
+        refused.add_metric((), bool(self._loaded.refused))
+        yield from (in_flight, workers, predicted, pack, queue, revision, rejected, refused)
 
 
 def _sum(parts: Sequence[Histogram]) -> Histogram:

@@ -1,6 +1,7 @@
 """The admin port: what is served there, and that the figures are those of what happened."""
 
 import asyncio
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -40,6 +41,31 @@ async def test_health_and_readiness(bench: Bench) -> None:
     assert (await bench.ask(router, get("/healthz"), admin=True)).status == 200
     ready = await bench.ask(router, get("/readyz"), admin=True)
     assert (ready.status, ready.json()) == (200, {"status": "ready", "revision": router.dispatcher.config.revision})
+
+
+async def test_what_is_loaded_is_told_with_every_policy_and_why_a_newer_one_is_not(bench: Bench) -> None:
+    router = await bench.router(await bench.worker())
+
+    async def loaded() -> Any:
+        return (await bench.ask(router, get("/loaded"), admin=True)).json()
+
+    first = router.dispatcher.config
+    policy = first.policies[0]
+    policies = {policy.name: {"generation": 0, "revision": policy.revision}}
+    assert await loaded() == {"revision": first.revision, "policies": policies, "refused": None}
+    newer = policy.model_copy(update={"generation": 3})
+    second = first.model_copy(update={"policies": [newer]})
+    router.take_config(second)
+    policies = {policy.name: {"generation": 3, "revision": newer.revision}}
+    assert policy.revision != newer.revision
+    assert await loaded() == {"revision": second.revision, "policies": policies, "refused": None}
+    router.reject_config("no good")
+    assert await loaded() == {"revision": second.revision, "policies": policies, "refused": "no good"}
+    assert (await bench.metrics(router))["kvfleet_router_config_refused"] == 1
+    router.take_config(second)
+    assert await loaded() == {"revision": second.revision, "policies": policies, "refused": None}
+    samples = await bench.metrics(router)
+    assert (samples["kvfleet_router_config_refused"], samples["kvfleet_router_config_errors_total"]) == (0, 1)
 
 
 async def test_decisions_can_be_listed_and_looked_up(bench: Bench) -> None:
@@ -116,6 +142,7 @@ async def test_the_exposition_is_valid_and_names_are_the_documented_ones(bench: 
         "pack_target_sequences": "gauge",
         "config_info": "gauge",
         "config_errors": "counter",
+        "config_refused": "gauge",
         "client_connections": "gauge",
         "request_body_bytes": "gauge",
         "bad_requests": "counter",

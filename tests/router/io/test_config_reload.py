@@ -55,7 +55,7 @@ async def test_a_bad_file_changes_nothing_but_a_metric(
     config = fleet([await bench.worker()])
     router = await started(bench, path, config)
     write(path, text)
-    await eventually(lambda: router.metrics.config_errors == 1)
+    await eventually(lambda: router.loaded.errors == 1)
     assert (await bench.ask(router, post(chat_body()))).status == 200
     assert router.dispatcher.config.revision == config.revision
     assert str(path) in caplog.text
@@ -70,7 +70,7 @@ async def test_a_config_that_cannot_be_served_changes_nothing(bench: Bench, tmp_
     router = await started(bench, path, config)
     policy = config.policies[0].model_copy(update={"strategy": "no_such_strategy"})
     write(path, config.model_copy(update={"policies": [policy]}).to_json())
-    await eventually(lambda: router.metrics.config_errors == 1)
+    await eventually(lambda: router.loaded.errors == 1)
     assert (await bench.ask(router, post(chat_body()))).status == 200
 
 
@@ -79,7 +79,7 @@ async def test_a_file_that_vanishes_for_a_while_changes_nothing(bench: Bench, tm
     config = fleet([await bench.worker()])
     router = await started(bench, path, config)
     path.unlink()
-    await eventually(lambda: router.metrics.config_errors == 1)
+    await eventually(lambda: router.loaded.errors == 1)
     assert (await bench.ask(router, post(chat_body()))).status == 200
     changed = config.model_copy(update={"drain_s": 2.0})
     write(path, changed.to_json())

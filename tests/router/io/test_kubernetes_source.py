@@ -313,7 +313,7 @@ async def test_workers_of_the_configuration_in_use_are_followed_while_its_succes
     other = in_pool("other-workers")
     policy = other.policies[0].model_copy(update={"strategy": "no_such_strategy"})
     api.put(CONFIG_MAPS, config_map(other.model_copy(update={"policies": [policy]})))
-    await eventually(lambda: app.metrics.config_errors == 1)
+    await eventually(lambda: app.loaded.errors == 1)
     api.put(SLICES, endpoint_slice("w-0", worker.port))
     await eventually(lambda: app.dispatcher.workers())
     assert await served(bench, app) == "w-0"
