@@ -62,15 +62,6 @@ def test_kv_events_are_published_where_the_service_says(make):
     assert "--kv-events-config" not in args_of(make, engine={"kvEvents": {"enabled": False}})
 
 
-def test_adapters_are_given_as_json_so_that_any_path_survives(make):
-    args = args_of(make, adapters=[{"name": f"a{i}", "uri": f"/x=y,{i}"} for i in range(12)])
-    at = args.index("--lora-modules")
-    modules = [json.loads(text) for text in args[at + 1 : at + 13]]
-    assert modules[3] == {"name": "a3", "path": "/x=y,3", "base_model_name": "llama-8b"}
-    assert value_of(args, "--max-loras") == "8"
-    assert value_of(args, "--max-cpu-loras") == "12"
-
-
 def test_nodes_of_one_worker_find_each_other_through_their_leader(make):
     pool = make.parse(make.pool(parallelism={"tensor": 8, "pipeline": 2, "nodes": 2}))
     live = build(pool, make.parse(make.profile()), None)

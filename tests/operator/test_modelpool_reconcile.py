@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from kvfleet_api.compile import compile_fleet
 from kvfleet_api.manifests import KINDS
 from kvfleet_operator.reconcile import modelpool
+from kvfleet_operator.reconcile.adapters import WorkerAdapters
 from kvfleet_operator.reconcile.drift import difference
 from kvfleet_operator.reconcile.plan import Applied, Rejection, kind_name
 from kvfleet_operator.statuses import changes
@@ -16,11 +17,11 @@ from kvfleet_operator.statuses import changes
 UID = {"uid": "u1", "generation": 3}
 
 
-def given_for(make, profile=True, live=None, metadata=UID, **spec):
+def given_for(make, profile=True, live=None, metadata=UID, workers=None, **spec):
     pool = make.parse(make.pool(metadata=metadata, **spec))
     profiles = [make.parse(make.profile())] if profile else []
     problems = [p for p in compile_fleet(None, [pool], [], profiles).problems if p.name == pool.metadata.name]
-    return modelpool.PoolInput(pool, profiles[0] if profiles else None, problems, live)
+    return modelpool.PoolInput(pool, profiles[0] if profiles else None, problems, live, workers or {})
 
 
 def workload(ready=2, wanted=2, **status):
@@ -127,10 +128,47 @@ def test_a_name_that_is_taken_refuses_and_its_message_carries_the_warnings_too(m
     assert "spec.adapters[0].name" in message and "spec.model.parametersMillions" in message
 
 
-def test_adapters_count_as_loaded_once_rolled_out(make):
-    adapters = [{"name": "sql", "uri": "/a"}, {"name": "law", "uri": "/b"}]
-    assert conditions_of(given_for(make, replicas=2, adapters=adapters), workload())[1]["adapters"] == ["sql", "law"]
-    assert conditions_of(given_for(make, replicas=2, adapters=adapters), workload(ready=1))[1]["adapters"] == []
+# Adapters
+
+SQL, LAW = {"name": "sql", "uri": "/a"}, {"name": "law", "uri": "/b"}
+
+
+def test_adapters_are_reported_as_every_ready_worker_has_them(make):
+    both, one = WorkerAdapters({"sql": "/a", "law": "/b"}), WorkerAdapters({"law": "/b"})
+    given = given_for(make, replicas=2, adapters=[SQL, LAW], workers={"a": both, "b": one})
+    conditions, status = conditions_of(given, workload())
+    assert status["adapters"] == ["law"]
+    assert conditions["AdaptersLoaded"] == ("Unknown", "Loading")
+    assert conditions["Ready"] == ("False", "Loading")
+    given = given_for(make, replicas=2, adapters=[SQL, LAW], workers={"a": both, "b": both, "just came": None})
+    conditions, status = conditions_of(given, workload())
+    assert status["adapters"] == ["sql", "law"]
+    assert conditions["AdaptersLoaded"] == ("True", "Loaded") and conditions["Ready"] == ("True", "Ready")
+
+
+def test_an_adapter_that_does_not_load_keeps_the_pool_from_ready(make):
+    failed = WorkerAdapters({}, {"sql": "no such path"})
+    conditions, _ = conditions_of(given_for(make, adapters=[SQL], workers={"a": failed}), workload(1, 1))
+    assert conditions["AdaptersLoaded"] == conditions["Ready"] == ("False", "LoadFailed")
+    assert conditions["Available"] == ("True", "MinimumReady")
+
+
+def test_only_pools_with_adapters_speak_of_them_and_those_that_had_some(make):
+    conditions, _ = conditions_of(given_for(make, replicas=2), workload())
+    assert "AdaptersLoaded" not in conditions
+    before = {"conditions": [{"type": "AdaptersLoaded", "status": "False", "reason": "LoadFailed"}]}
+    pool = make.parse({**make.pool(metadata=UID), "status": before})
+    given = modelpool.PoolInput(pool, make.parse(make.profile()), (), {}, {"a": WorkerAdapters()})
+    conditions, _ = conditions_of(given, workload())
+    assert conditions["AdaptersLoaded"] == ("True", "NoAdapters")
+
+
+def test_the_list_of_adapters_stays_where_the_workload_is_left_alone(make):
+    """Its workers mount it."""
+    spec = {"adapters": [SQL]}
+    for unbuilt in (given_for(make, profile=False, **spec), given_for(make, podTemplate={"spec": 1}, **spec)):
+        wanted = {kind_name(manifest) for manifest in modelpool.children(unbuilt).objects}
+        assert ("ConfigMap", "llama-adapters") in wanted
 
 
 # replicas

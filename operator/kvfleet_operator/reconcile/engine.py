@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from kvfleet_api.modelpool import ModelPool, ModelPoolSpec
 from kvfleet_api.resolve import integer_argument
+from kvfleet_operator.reconcile import arguments, lora
 
 CONTAINER: Final = "engine"
 SETTLE_S: Final = 5
@@ -26,15 +27,7 @@ TEARDOWN_S: Final = 30
 CACHE_VOLUME: Final = "model-cache"
 CACHE_PATH: Final = "/model-cache"
 NIXL_PORT: Final = 5600
-MAX_ACTIVE_ADAPTERS: Final = 8
-"""Adapters batched together (vLLM: --max-loras); each costs device memory."""
 
-ALIASES: Final = {
-    "-tp": "--tensor-parallel-size",
-    "-pp": "--pipeline-parallel-size",
-    "-n": "--nnodes",
-    "-r": "--node-rank",
-}
 WIRED: Final = {
     "--port": "set spec.engine.port instead",
     "--served-model-name": "set spec.model.name instead",
@@ -52,12 +45,13 @@ import os, sys, time, urllib.request
 port, settle_s, drain_s, follow = sys.argv[1], float(sys.argv[2]), float(sys.argv[3]), sys.argv[4] == "follow"
 host = os.environ.get("LWS_LEADER_ADDRESS" if follow else "POD_IP", "127.0.0.1")
 url = "http://%s:%s/metrics" % ("[%s]" % host if ":" in host else host, port)
+direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 busy_metrics = ("vllm:num_requests_running{", "vllm:num_requests_waiting{")
 start, idle, failed = time.monotonic(), 0, 0
 while time.monotonic() - start < settle_s + drain_s and failed < 5:
     time.sleep(0.5)
     try:
-        lines = urllib.request.urlopen(url, timeout=2).read().decode().splitlines()
+        lines = direct.open(url, timeout=2).read().decode().splitlines()
         busy = sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(busy_metrics))
         idle, failed = (0 if busy else idle + 1), 0
     except OSError:
@@ -68,26 +62,20 @@ while time.monotonic() - start < settle_s + drain_s and failed < 5:
 """The preStop hook. A follower of a multi-node worker stays until its leader is gone."""
 
 
-def serve_args(pool: ModelPool) -> list[str]:
+def serve_args(pool: ModelPool, *, with_lora: bool = False) -> list[str]:
     """Everything after `vllm serve`: the model, the generated flags, then the user's."""
     user = list(pool.spec.engine.args)
-    overridden = {flag_name(argument) for argument in user if argument.startswith("-")}
+    overridden = arguments.flags(user)
     generated: list[str] = []
-    for flag, *values in _flags(pool.spec):
+    for flag, *values in [*_flags(pool.spec), *(lora.flags(pool.spec) if with_lora else [])]:
         if flag not in overridden and f"--no-{flag.removeprefix('--')}" not in overridden:
             generated += [flag, *values]
     return [pool.spec.model.source, *generated, *user]
 
 
-def flag_name(argument: str) -> str:
-    """`--max_model_len=5` → `--max-model-len`; short forms as the long ones."""
-    name = argument.partition("=")[0]
-    return ALIASES.get(name, name.replace("_", "-"))
-
-
 def unwired(spec: ModelPoolSpec) -> list[str]:
     """What is wrong with the user's arguments: flags that break the wiring, each with the remedy."""
-    found = {flag_name(argument) for argument in spec.engine.args if argument.startswith("-")}
+    found = arguments.flags(spec.engine.args)
     return [f"engine.args sets {flag}: {WIRED[flag]}" for flag in sorted(found & WIRED.keys())]
 
 
@@ -118,8 +106,6 @@ def _flags(spec: ModelPoolSpec) -> list[list[str]]:
         flags.append(["--kv-events-config", _json(_kv_events(spec))])
     if spec.role != "Unified":
         flags.append(["--kv-transfer-config", _json({"kv_connector": "NixlConnector", "kv_role": "kv_both"})])
-    if spec.adapters:
-        flags += _adapter_flags(spec)
     return flags
 
 
@@ -134,17 +120,6 @@ def _kv_events(spec: ModelPoolSpec) -> dict[str, Any]:
     }
 
 
-def _adapter_flags(spec: ModelPoolSpec) -> list[list[str]]:
-    modules = [_json({"name": a.name, "path": a.uri, "base_model_name": spec.model.name}) for a in spec.adapters]
-    count = len(modules)
-    return [
-        ["--enable-lora"],
-        ["--max-loras", str(min(count, MAX_ACTIVE_ADAPTERS))],
-        ["--max-cpu-loras", str(count)],
-        ["--lora-modules", *modules],
-    ]
-
-
 def _json(value: dict[str, Any]) -> str:
     return json.dumps(value, separators=(",", ":"))
 
@@ -155,17 +130,19 @@ def grace_s(spec: ModelPoolSpec) -> int:
     return SETTLE_S + spec.rollout.drain_seconds + added_s + TEARDOWN_S
 
 
-def container(pool: ModelPool, resource_name: str, *, follower: bool = False) -> dict[str, Any]:
+def container(
+    pool: ModelPool, resource_name: str, *, follower: bool = False, with_lora: bool = False
+) -> dict[str, Any]:
     """The engine's container; a follower (further node of a multi-node worker) serves nothing and has no probes."""
     spec = pool.spec
     engine = spec.engine
-    args = serve_args(pool) + (["--headless"] if follower else [])
+    args = serve_args(pool, with_lora=with_lora) + (["--headless"] if follower else [])
     built: dict[str, Any] = {
         "name": CONTAINER,
         "image": engine.image,
         "command": ["vllm", "serve"],
         "args": args,
-        "env": _environment(spec),
+        "env": _environment(spec, with_lora),
         "resources": {"limits": {resource_name: str(spec.devices_per_pod)}},
         "securityContext": {
             "allowPrivilegeEscalation": False,
@@ -176,14 +153,15 @@ def container(pool: ModelPool, resource_name: str, *, follower: bool = False) ->
         "volumeMounts": [
             {"name": CACHE_VOLUME, "mountPath": CACHE_PATH},
             {"name": "shm", "mountPath": "/dev/shm"},
+            *([lora.mount()] if with_lora else []),
         ],
     }
     if not follower:
-        built |= {"ports": _ports(spec), **_probes(spec)}
+        built |= {"ports": _ports(spec), **_probes(spec, with_lora)}
     return built
 
 
-def _environment(spec: ModelPoolSpec) -> list[dict[str, Any]]:
+def _environment(spec: ModelPoolSpec, with_lora: bool) -> list[dict[str, Any]]:
     pod_ip = {"fieldRef": {"fieldPath": "status.podIP"}}
     generated: list[dict[str, Any]] = [
         {"name": "POD_NAME", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}},
@@ -198,6 +176,8 @@ def _environment(spec: ModelPoolSpec) -> list[dict[str, Any]]:
             {"name": "VLLM_NIXL_SIDE_CHANNEL_HOST", "valueFrom": pod_ip},
             {"name": "VLLM_NIXL_SIDE_CHANNEL_PORT", "value": str(NIXL_PORT)},
         ]
+    if with_lora:
+        generated += [{"name": name, "value": value} for name, value in lora.environment().items()]
     users = {variable.name: {"name": variable.name, "value": variable.value} for variable in spec.engine.env}
     kept = [variable for variable in generated if variable["name"] not in users]
     return kept + list(users.values())
@@ -217,13 +197,13 @@ def service_ports(spec: ModelPoolSpec) -> list[tuple[str, int]]:
     return ports
 
 
-def _probes(spec: ModelPoolSpec) -> dict[str, Any]:
+def _probes(spec: ModelPoolSpec, with_lora: bool) -> dict[str, Any]:
     """vLLM opens its port only once it can serve: /health tells started, ready and alive alike."""
     health = {"httpGet": {"path": "/health", "port": "http"}, "timeoutSeconds": 5}
     startup_period_s = 5
     return {
         "startupProbe": {
-            **health,
+            **(lora.startup_check(spec) if with_lora else health),
             "periodSeconds": startup_period_s,
             "failureThreshold": -(-spec.engine.startup_seconds // startup_period_s),
         },

@@ -1,7 +1,8 @@
-"""ModelPool → Deployment or LeaderWorkerSet, headless Service, PodDisruptionBudget; and the pool's status.
+"""ModelPool → Deployment or LeaderWorkerSet, headless Service, PodDisruptionBudget, the list of adapters; and its status.
 
 Conditions: `Accepted` (the spec can be realised), `ResolvedRefs` (the AcceleratorProfile exists), `Available` (a worker
-is ready), `Progressing` (something is still moving), `Ready` (all of it is as wanted).
+is ready), `Progressing` (something is still moving), `AdaptersLoaded` (on every ready worker; where there are adapters),
+`Ready` (all of it is as wanted).
 
 Without its AcceleratorProfile a pool is tolerated, not torn down: the profile says which resource a pod asks for, so a
 new workload waits for it, and a running one stays exactly as it is.
@@ -10,13 +11,15 @@ new workload waits for it, and a running one stays exactly as it is.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kvfleet_api.acceleratorprofile import AcceleratorProfile
+from kvfleet_api.common import Condition
 from kvfleet_api.compile import Problem
 from kvfleet_api.modelpool import ModelPool
-from kvfleet_operator.reconcile import conditions, engine, names, rollout, workload
+from kvfleet_operator.reconcile import adapters, conditions, engine, lora, names, rollout, workload
+from kvfleet_operator.reconcile.adapters import WorkerAdapters
 from kvfleet_operator.reconcile.conditions import Finding
 from kvfleet_operator.reconcile.plan import Applied, Manifest, Plan, Rejection
 from kvfleet_operator.reconcile.podtemplate import TemplateError
@@ -32,6 +35,8 @@ class PoolInput:
     """What compiling the namespace's fleet found wrong with this pool."""
     live: Mapping[tuple[str, str], Manifest] | None = None
     """(kind, name) → owned children as they are."""
+    workers: Mapping[str, WorkerAdapters | None] = field(default_factory=dict)
+    """Ready worker → what is known of its adapters; None: it was not asked yet."""
 
 
 def workload_key(pool: ModelPool) -> tuple[str, str]:
@@ -45,11 +50,14 @@ def children(given: PoolInput) -> Plan:
     """What should exist for the pool."""
     pool = given.pool
     key = workload_key(pool)
+    live = (given.live or {}).get(key)
     around = [workload.service(pool), workload.disruption_budget(pool)]
+    if lora.enabled(pool.spec, live):
+        around.append(lora.config_map(pool, workload.labels(pool)))
     if given.profile is None:
         return Plan(around, untouched=_all_workloads(pool))
     try:
-        return Plan([*around, workload.build(pool, given.profile, (given.live or {}).get(key))])
+        return Plan([*around, workload.build(pool, given.profile, live)])
     except TemplateError:
         return Plan(around, untouched=_all_workloads(pool))
 
@@ -70,10 +78,13 @@ def status(given: PoolInput, applied: Applied, now: str) -> dict[str, Any]:
     reading = rollout.read(applied.live.get(workload_key(pool)))
     accepted, resolved = _accepted(given, applied.rejections), _resolved(given)
     available = rollout.available(reading, "worker")
-    parts = [accepted, resolved, rollout.rolled_out(reading, "worker")]
-    ready = conditions.conjunction("Ready", parts, "Ready", parts[-1].message)
-    findings = [accepted, resolved, available, rollout.progressing(reading, "worker"), ready]
     before = pool.status.conditions if pool.status else []
+    if pool.spec.autoscaling is None:  # nobody speaks of it any more
+        before = [condition for condition in before if condition.type != conditions.SCALING_ACTIVE]
+    loaded = _adapters_loaded(given, reading, before)
+    rolled_out = rollout.rolled_out(reading, "worker")
+    ready = _ready([accepted, resolved, rolled_out, *loaded], rolled_out.message)
+    findings = [accepted, resolved, available, rollout.progressing(reading, "worker"), *loaded, ready]
     settled = conditions.settle(before, findings, generation=pool.metadata.generation, now=now)
     reported: dict[str, Any] = {
         "observedGeneration": pool.metadata.generation,
@@ -81,9 +92,11 @@ def status(given: PoolInput, applied: Applied, now: str) -> dict[str, Any]:
         "replicas": reading.existing if reading else 0,
         "readyReplicas": reading.ready if reading else 0,
         "updatedReplicas": reading.updated if reading else 0,
-        "adapters": _adapters(pool, reading),
+        "adapters": adapters.everywhere(adapters.wanted(pool.spec), given.workers),
         "conditions": conditions.dump(settled),
     }
+    if pool.spec.autoscaling is None:
+        reported |= {"desiredReplicas": workload.wanted_replicas(pool.spec), "autoscaling": None}
     return reported
 
 
@@ -131,9 +144,13 @@ def _sentence(problem: Problem) -> str:
     return f"{problem.field}: {problem.message}"
 
 
-def _adapters(pool: ModelPool, reading: rollout.Rollout | None) -> list[str]:
-    """Adapters every ready worker has: those of the spec once it is rolled out, until then those known before."""
-    if reading is not None and reading.complete:
-        return [adapter.name for adapter in pool.spec.adapters] if reading.ready else []
-    wanted = {adapter.name for adapter in pool.spec.adapters}
-    return [name for name in (pool.status.adapters if pool.status else []) if name in wanted]
+def _adapters_loaded(given: PoolInput, reading: rollout.Rollout | None, before: Sequence[Condition]) -> list[Finding]:
+    """Of pools that have adapters, or had some."""
+    if not given.pool.spec.adapters and all(condition.type != adapters.TYPE for condition in before):
+        return []
+    return [adapters.finding(given.pool.spec, reading, given.workers)]
+
+
+def _ready(parts: Sequence[Finding], message: str) -> Finding:
+    found = conditions.conjunction("Ready", parts, "Ready", message)
+    return replace(found, status="False") if found.status == "Unknown" else found

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from kvfleet_api.acceleratorprofile import AcceleratorProfile
 from kvfleet_api.modelpool import ModelPool, ModelPoolSpec
-from kvfleet_operator.reconcile import engine, names, podtemplate
+from kvfleet_operator.reconcile import engine, lora, names, podtemplate
 from kvfleet_operator.reconcile.drift import others_scale
 from kvfleet_operator.reconcile.plan import Manifest
 
@@ -31,7 +31,7 @@ def build(pool: ModelPool, profile: AcceleratorProfile, live: Mapping[str, Any] 
             "rollingUpdate": {"maxSurge": spec.rollout.max_surge, "maxUnavailable": spec.rollout.max_unavailable},
         },
         "progressDeadlineSeconds": spec.engine.startup_seconds + PULL_S,
-        "template": _template(pool, profile),
+        "template": _template(pool, profile, live),
     }
     name = names.pool_workload(pool.metadata.name, multi_node=False)
     return _guarded(names.child(pool, "apps/v1", "Deployment", name, labels(pool), {"spec": body}), pool, live)
@@ -52,8 +52,8 @@ def _leader_worker_set(pool: ModelPool, profile: AcceleratorProfile, live: Mappi
         "leaderWorkerTemplate": {
             "size": spec.parallelism.nodes,
             "restartPolicy": "RecreateGroupOnPodRestart",
-            "leaderTemplate": _template(pool, profile),
-            "workerTemplate": _template(pool, profile, follower=True),
+            "leaderTemplate": _template(pool, profile, live),
+            "workerTemplate": _template(pool, profile, live, follower=True),
         },
     }
     name = names.pool_workload(pool.metadata.name, multi_node=True)
@@ -77,7 +77,7 @@ def _replicas(pool: ModelPool, live: Mapping[str, Any] | None) -> dict[str, int]
     """
     spec = pool.spec
     if spec.autoscaling is None:
-        return {"replicas": 1 if spec.replicas is None else spec.replicas}
+        return {"replicas": wanted_replicas(spec)}
     if live is None:
         return {"replicas": spec.autoscaling.min_replicas}
     if others_scale(live, names.MANAGER):
@@ -97,24 +97,30 @@ def labels(pool: ModelPool) -> dict[str, str]:
     }
 
 
-def _template(pool: ModelPool, profile: AcceleratorProfile, *, follower: bool = False) -> dict[str, Any]:
+def _template(
+    pool: ModelPool, profile: AcceleratorProfile, live: Mapping[str, Any] | None, *, follower: bool = False
+) -> dict[str, Any]:
     """The pod template: generated, the user's part merged over it, and on top the labels that selectors need."""
-    own = {**labels(pool), **({names.COMPONENT: names.FOLLOWER} if follower else {})}
-    generated = {"metadata": {"labels": own}, "spec": _pod_spec(pool, profile, follower)}
+    with_lora = lora.enabled(pool.spec, live)
+    own = labels(pool)
+    own |= {names.COMPONENT: names.FOLLOWER} if follower else {}
+    own |= {names.LORA: "enabled"} if with_lora else {}
+    generated = {"metadata": {"labels": own}, "spec": _pod_spec(pool, profile, follower, with_lora)}
     if pool.spec.pod_template is None:
         return generated
     return podtemplate.merge_pod(generated, pool.spec.pod_template, own)
 
 
-def _pod_spec(pool: ModelPool, profile: AcceleratorProfile, follower: bool) -> dict[str, Any]:
+def _pod_spec(pool: ModelPool, profile: AcceleratorProfile, follower: bool, with_lora: bool) -> dict[str, Any]:
     device = profile.spec.accelerator
     return {
         "automountServiceAccountToken": False,
         "terminationGracePeriodSeconds": engine.grace_s(pool.spec),
-        "containers": [engine.container(pool, device.resource_name, follower=follower)],
+        "containers": [engine.container(pool, device.resource_name, follower=follower, with_lora=with_lora)],
         "volumes": [
             {"name": engine.CACHE_VOLUME, "emptyDir": {}},
             {"name": "shm", "emptyDir": {"medium": "Memory"}},
+            *([lora.volume(pool)] if with_lora else []),
         ],
         "tolerations": [{"key": device.resource_name, "operator": "Exists", "effect": "NoSchedule"}],
         "affinity": {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [_prefer(device.product)]}},
@@ -153,8 +159,6 @@ def disruption_budget(pool: ModelPool) -> Manifest:
     return names.child(pool, "policy/v1", "PodDisruptionBudget", name, labels(pool), {"spec": body})
 
 
-def wanted_replicas(spec: ModelPoolSpec, live: Mapping[str, Any] | None) -> int | None:
-    """Workers wanted now; None for an autoscaled pool that has no workload yet."""
-    if spec.autoscaling is None:
-        return 1 if spec.replicas is None else spec.replicas
-    return None if live is None else int(live["spec"].get("replicas", 1))
+def wanted_replicas(spec: ModelPoolSpec) -> int:
+    """Workers wanted of a pool that is not autoscaled."""
+    return 1 if spec.replicas is None else spec.replicas
