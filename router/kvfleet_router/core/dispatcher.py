@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from kvfleet_api.fleetconfig import FleetConfig
 from kvfleet_router.core.decisions import DecisionLog, Outcome
@@ -27,9 +28,9 @@ from kvfleet_router.core.policy import Policy
 from kvfleet_router.core.pool import Fleet, Pool
 from kvfleet_router.core.routes import Lane, Routes
 from kvfleet_router.core.ticket import CLOSED, PENDING, Arrival, Held, Refusal, Ticket
-from kvfleet_router.core.worker import Worker, WorkerEndpoint
+from kvfleet_router.core.worker import IDLE, Load, Worker, WorkerEndpoint
 
-__all__ = ["ConfigError", "Dispatcher", "Held", "Refusal", "Ticket", "Worker", "WorkerEndpoint"]
+__all__ = ["ConfigError", "Dispatcher", "Held", "Load", "Refusal", "Ticket", "Worker", "WorkerEndpoint"]
 
 UNLOADED_FACTOR = 3.0
 """A prompt so long that its prefill alone is near the TTFT SLO is due after this many times its unloaded TTFT."""
@@ -139,6 +140,20 @@ class Dispatcher:
         """Distinct blocks in the prefix index."""
         return len(self._fleet.index)
 
+    # -- other replicas of the router -----------------------------------------------------------------------------------
+
+    def loads(self) -> dict[str, Load]:
+        """What this router has in flight, by worker: to be told to the other replicas."""
+        return {worker.name: replace(worker.own) for worker in self._fleet.workers() if worker.own.in_flight}
+
+    def told(self, elsewhere: Mapping[str, Load]) -> None:
+        """What all other replicas together have in flight, by worker; workers not named have nothing."""
+        for worker in self._fleet.workers():
+            load = elsewhere.get(worker.name, IDLE)
+            if load is not IDLE or worker.elsewhere is not IDLE:
+                worker.told(load)
+        self._placement.pump(None, self._clock())
+
     # -- the engine's own word on its cache -----------------------------------------------------------------------------
 
     def cache_stored(self, worker: Worker, blocks: Sequence[int]) -> None:
@@ -159,13 +174,14 @@ class Dispatcher:
     # -- a request's life -----------------------------------------------------------------------------------------------
 
     def submit(self, parsed: ParsedRequest, *, request_id: str, on_assigned: OnAssigned) -> Ticket | Refusal | Held:
-        """Route a request. Held: `on_assigned` is called later, exactly once (unless cancelled). It never is for the others."""
+        """Route a request. Held: `on_assigned` is called once this call has returned, exactly once (unless cancelled). It never
+        is for the others."""
         now = self._clock()
         self._catch_up(now)
         lane = self._routes.find(parsed)
         if isinstance(lane, Refusal):
             return lane
-        return self._placed(self._arrival(parsed, request_id, lane, now), on_assigned, now)
+        return self._placement.place(self._arrival(parsed, request_id, lane, now), on_assigned, now)
 
     def cancel(self, held: Held) -> None:
         """The client went away while queued. `on_assigned` will not be called."""
@@ -238,14 +254,12 @@ class Dispatcher:
         if arrival.attempt > ticket.policy.resilience.retries:
             message = f"The request failed on {arrival.attempt} workers, at last with: {cause}"
             lane = Refusal(503, "worker_failed", message, retry_after_s=1, type="service_unavailable")
+        self._placement.pump(ticket.worker, now)
         if isinstance(lane, Refusal):
             arrival.decision.outcome = Outcome(now, "refused", lane.code)
-            self._placement.pump(ticket.worker, now)
             return lane
         arrival.lane = lane
-        result = self._placement.place(arrival, on_assigned, now)
-        self._placement.pump(ticket.worker, now)
-        return result
+        return self._placement.place(arrival, on_assigned, now)
 
     def tick(self) -> float | None:
         """Queue timeouts, circuit breakers, held requests again. Returns seconds until it wants to be called again, or None."""
@@ -293,11 +307,6 @@ class Dispatcher:
             blocks,
             decision,
         )
-
-    def _placed(self, arrival: Arrival, on_assigned: OnAssigned, now: float) -> Ticket | Refusal | Held:
-        result = self._placement.place(arrival, on_assigned, now)
-        self._placement.deliver()
-        return result
 
     def _release(self, ticket: Ticket, now: float) -> None:
         """Take off what `submit` added. A prompt without a first token was not computed: its blocks are not cached."""

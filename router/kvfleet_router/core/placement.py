@@ -54,7 +54,7 @@ class Placement:
         self.queue = HoldQueue()
         self._fleet = fleet
         self._rng = rng
-        self._outbox: deque[tuple[OnAssigned, Ticket | Refusal]] = deque()
+        self._outbox: deque[tuple[Held, Ticket | Refusal]] = deque()
         self._delivering = False
         self._presumable: list[tuple[float, int, Ticket]] = []
         self._assigned = 0
@@ -68,15 +68,35 @@ class Placement:
         lane = arrival.lane
         if not self.queue.waiting(lane):
             decided = self._decide(arrival, now)
-            return self._hold(arrival, on_assigned, decided.own_s, now) if isinstance(decided, Waits) else decided
+            result = self._hold(arrival, on_assigned, decided.own_s, now) if isinstance(decided, Waits) else decided
+        else:
+            result = self._queue_up(arrival, on_assigned, now)
+        if self._outbox:
+            if isinstance(result, Held):
+                return self._deliver_first(result)
+            self.deliver()
+        return result
+
+    def _queue_up(self, arrival: Arrival, on_assigned: OnAssigned, now: float) -> Ticket | Refusal | Held:
+        """Others of the lane wait already: behind them, then whoever can go goes."""
         held = self._hold(arrival, on_assigned, 0.0, now)
         answer: Ticket | Refusal | Held = held
-        for other, result in self._decide_held(lane, now):
+        for other, result in self._decide_held(arrival.lane, now):
             if other is held:
                 answer = result
             else:
-                self._outbox.append((other.on_assigned, result))
+                self._outbox.append((other, result))
         return answer
+
+    def _deliver_first(self, held: Held) -> Ticket | Refusal | Held:
+        """Call others back before the caller knows that this one is held: what that means for it is the caller's answer."""
+        answers: list[Ticket | Refusal] = []
+        on_assigned, held.on_assigned = held.on_assigned, answers.append
+        try:
+            self.deliver()
+        finally:
+            held.on_assigned = on_assigned
+        return answers[0] if answers else held
 
     def reroute(self, find: Callable[[ParsedRequest], Lane | Refusal], now: float) -> None:
         """The configuration changed: those who wait move to the lane that takes them now."""
@@ -94,7 +114,7 @@ class Placement:
         """Refuse a request that waited and is out of the queue."""
         held.waiting = False
         self.record_refusal(held.arrival, refusal, now)
-        self._outbox.append((held.on_assigned, refusal))
+        self._outbox.append((held, refusal))
 
     def expire(self, now: float) -> None:
         """Refuse whoever waited too long."""
@@ -113,7 +133,7 @@ class Placement:
             for lane in self.queue.lanes():
                 if worker is None or worker.pool_state in lane.pools:
                     for held, result in self._decide_held(lane, now):
-                        self._outbox.append((held.on_assigned, result))
+                        self._outbox.append((held, result))
         self.deliver()
 
     def deliver(self) -> None:
@@ -123,8 +143,8 @@ class Placement:
         self._delivering = True
         try:
             while self._outbox:
-                on_assigned, result = self._outbox.popleft()
-                on_assigned(result)
+                held, result = self._outbox.popleft()
+                held.on_assigned(result)
         finally:
             self._delivering = False
 

@@ -57,8 +57,32 @@ class WorkerEndpoint:
         raise ValueError(f"endpoint {self.name}: {self.url!r} is no URL of the form http://host:port")
 
 
+@dataclass(slots=True)
+class Load:
+    """What one router has on one worker: additive, so that replicas can tell each other."""
+
+    in_flight: int = 0
+    """Requests sent and not finished."""
+    pending: int = 0
+    """Sequences without a first token yet."""
+    decoding: int = 0
+    """Sequences producing tokens."""
+    prefill_s: float = 0.0
+    """Predicted prefill time of those pending, uncalibrated."""
+    uncached_tokens: float = 0.0
+    """Prompt tokens of those pending that are not cached."""
+    context_tokens: float = 0.0
+    """Tokens held by those decoding."""
+    kv_tokens: float = 0.0
+    """KV tokens in use."""
+
+
+IDLE = Load()
+"""Nothing; never written to."""
+
+
 class Worker:
-    """Identity, health, accounting. Attributes below the line are derived: `_refresh` writes them after each event."""
+    """Identity, health, accounting. What policies read is derived: `_refresh` writes it after each event."""
 
     __slots__ = (
         "_at",
@@ -68,7 +92,6 @@ class Worker:
         "_last_first_token",
         "_loose_tokens",
         "_pending",
-        "_pending_raw_s",
         "_stale",
         "_tokens_per_sequence",
         "backlog_s",
@@ -79,6 +102,7 @@ class Worker:
         "context_tokens",
         "contradictions",
         "decoding",
+        "elsewhere",
         "endpoint",
         "fixed_step_joules",
         "head_prefill_s",
@@ -91,6 +115,7 @@ class Worker:
         "kv_used_tokens",
         "max_sequences",
         "name",
+        "own",
         "pending",
         "pending_uncached_tokens",
         "pool",
@@ -135,15 +160,12 @@ class Worker:
         self.contradictions = 0
         """Reports in a row that an expected prefix was not cached."""
 
-        self.in_flight = 0
-        """Requests sent and not finished."""
+        self.own = Load()
+        """What this router has sent here."""
+        self.elsewhere = IDLE
+        """What other replicas of the router have sent here, as far as they told."""
         self.sent_requests = 0
         """Requests ever sent: round robin goes by it."""
-        self.pending = 0
-        """Sequences without a first token yet."""
-        self.pending_uncached_tokens = 0.0
-        self.decoding = 0
-        """Sequences producing tokens."""
         self.sequence_seconds = 0.0
         """Integral of `decoding` over time."""
         self.context_token_seconds = 0.0
@@ -156,7 +178,6 @@ class Worker:
         self.head_since = now
         """When the prefill now running began."""
         self._pending: dict[int, Ticket] = {}
-        self._pending_raw_s = 0.0
         self._loose_tokens = 0.0  # prompt tokens in flight outside pinned blocks
         self._decode_prompt_tokens = 0.0
         self._generated_offset = 0.0
@@ -187,14 +208,15 @@ class Worker:
     def sent(self, ticket: Ticket, now: float) -> None:
         """A request was dispatched here. Its blocks are pinned and loose tokens counted until `left`."""
         self._advance(now)
+        own = self.own
         if not self._pending:
             self.head_since = now
         self._pending[id(ticket)] = ticket
-        self._pending_raw_s += ticket.prefill_s
-        self.pending += ticket.parsed.sequences
-        self.pending_uncached_tokens += ticket.prompt_tokens - ticket.cached_tokens
+        own.prefill_s += ticket.prefill_s
+        own.pending += ticket.parsed.sequences
+        own.uncached_tokens += ticket.prompt_tokens - ticket.cached_tokens
         self._loose_tokens += ticket.loose_tokens
-        self.in_flight += 1
+        own.in_flight += 1
         self.sent_requests += 1
         self._refresh()
 
@@ -218,14 +240,20 @@ class Worker:
         ticket.context_token_seconds_at_start = self.context_token_seconds
         ticket.prefill_seconds_at_start = self.prefill_seconds  # the next prefill begins now
         sequences = ticket.parsed.sequences
-        self.decoding += sequences
+        self.own.decoding += sequences
         self._decode_prompt_tokens += ticket.prompt_tokens
         self._generated_offset += sequences * self._tokens_per_sequence
+        self._refresh()
+
+    def told(self, elsewhere: Load) -> None:
+        """Other replicas have this much here, all together."""
+        self.elsewhere = elsewhere
         self._refresh()
 
     def left(self, ticket: Ticket, now: float) -> None:
         """The ticket finished, failed, or its client went away."""
         self._advance(now)
+        own = self.own
         if ticket.phase == PENDING:
             was_head = next(iter(self._pending)) == id(ticket)
             self._end_prefill(ticket)
@@ -233,15 +261,15 @@ class Worker:
                 self.head_since = now
         elif ticket.phase == DECODING:
             sequences = ticket.parsed.sequences
-            self.decoding -= sequences
+            own.decoding -= sequences
             self._decode_prompt_tokens -= ticket.prompt_tokens
             self._generated_offset -= sequences * ticket.tokens_at_start
         ticket.phase = CLOSED
         self._loose_tokens -= ticket.loose_tokens
-        self.in_flight -= 1
-        if not self.in_flight:
+        own.in_flight -= 1
+        if not own.in_flight:
             self._loose_tokens = self._tokens_per_sequence = 0.0
-        if not self.decoding:
+        if not own.decoding:
             self._decode_prompt_tokens = self._generated_offset = 0.0
         self._refresh()
 
@@ -306,18 +334,19 @@ class Worker:
         if passed <= 0:
             return
         self._at = now
-        if self.decoding:
+        if self.decoding:  # theirs share the steps as well
             self.sequence_seconds += self.decoding * passed
             self.context_token_seconds += self.context_tokens * passed
             self._tokens_per_sequence += passed * (1.0 - min(self.prefill_share, 0.9)) / self.step_now_s
 
     def _end_prefill(self, ticket: Ticket) -> None:
+        own = self.own
         del self._pending[id(ticket)]
-        self._pending_raw_s -= ticket.prefill_s
-        self.pending -= ticket.parsed.sequences
-        self.pending_uncached_tokens -= ticket.prompt_tokens - ticket.cached_tokens
+        own.prefill_s -= ticket.prefill_s
+        own.pending -= ticket.parsed.sequences
+        own.uncached_tokens -= ticket.prompt_tokens - ticket.cached_tokens
         if not self._pending:
-            self._pending_raw_s = self.pending_uncached_tokens = 0.0
+            own.prefill_s = own.uncached_tokens = 0.0
 
     def _calibrate_prefill(self, ticket: Ticket, now: float) -> None:
         """Observed: the time since the engine could begin with it, less the decode steps in between."""
@@ -336,17 +365,25 @@ class Worker:
 
     def _refresh(self) -> None:
         """Recompute what depends on the worker alone."""
-        generated = max(self.decoding * self._tokens_per_sequence - self._generated_offset, 0.0)
-        self.context_tokens = self._decode_prompt_tokens + generated
+        own, elsewhere = self.own, self.elsewhere
+        generated = max(own.decoding * self._tokens_per_sequence - self._generated_offset, 0.0)
+        block_tokens = self.pool_state.block_tokens
+        unindexed = self._loose_tokens + generated
+        own.context_tokens = self._decode_prompt_tokens + generated
+        own.kv_tokens = unindexed + self.cache.pinned_blocks * block_tokens
+
+        self.in_flight = own.in_flight + elsewhere.in_flight
+        self.pending = own.pending + elsewhere.pending
+        self.decoding = own.decoding + elsewhere.decoding
+        self.pending_uncached_tokens = own.uncached_tokens + elsewhere.uncached_tokens
+        self.context_tokens = own.context_tokens + elsewhere.context_tokens
         in_step = self.step_s_per_sequence * self.decoding + self.step_s_per_context_token * self.context_tokens
         self.step_now_s = max(self.step_s + in_step, MIN_STEP_S)
         self.inflation = 1.0 + self.step_now_s / self.step_tokens_s
         factor = self.prefill_factor
-        self.backlog_s = factor * self._pending_raw_s
+        self.backlog_s = factor * (own.prefill_s + elsewhere.prefill_s)
         self.head_prefill_s = factor * next(iter(self._pending.values())).prefill_s if self._pending else 0.0
-        block_tokens = self.pool_state.block_tokens
-        in_flight_tokens = self._loose_tokens + generated
-        self.kv_used_tokens = in_flight_tokens + self.cache.pinned_blocks * block_tokens
-        self.kv_free_tokens = self.cache.free_blocks * block_tokens - in_flight_tokens
+        self.kv_used_tokens = own.kv_tokens + elsewhere.kv_tokens
+        self.kv_free_tokens = self.cache.free_blocks * block_tokens - unindexed - elsewhere.kv_tokens
         self.tail_used_at = self.cache.tail_used_at
         self._stale.add(self)

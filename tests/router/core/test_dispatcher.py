@@ -310,6 +310,19 @@ def test_callbacks_may_call_the_dispatcher_again():
     fleet.assert_idle()
 
 
+def test_nobody_is_called_back_before_submit_has_told_that_they_are_held():
+    """The second request is held, then assigned because the first, called back meanwhile, leaves at once."""
+    fleet = Fleet(workers=1)
+    fleet.sent(tokens=20_000)
+    leaves = lambda ticket: fleet.dispatcher.abandon(ticket, "gone")  # noqa: E731
+    first = fleet.dispatcher.submit(request(5000, prefix=1), request_id="first", on_assigned=leaves)
+    assert isinstance(first, Held)
+    fleet.now += 0.95
+    assert isinstance(fleet.submit(request(1000, prefix=2)), Ticket)
+    assert fleet.called_back == []
+    assert not first.waiting
+
+
 # -- failures -------------------------------------------------------------------------------------------------------------
 
 

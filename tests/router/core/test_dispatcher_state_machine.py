@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from routing_fleet import Fleet, config, cost, policy, pool, request
 
 from kvfleet_api.fleetconfig import WeightedPool
-from kvfleet_router.core.dispatcher import Held, Refusal, Ticket, WorkerEndpoint
+from kvfleet_router.core.dispatcher import Held, Load, Refusal, Ticket, WorkerEndpoint
 from kvfleet_router.core.ticket import CLOSED, DECODING, PENDING
 
 SMALL = cost(kv_tokens=20_000, max_sequences=8)
@@ -190,6 +190,11 @@ class DispatcherMachine(RuleBasedStateMachine):
         ]
         self.fleet.dispatcher.set_endpoints(name, listed)
 
+    @rule(number=st.integers(0, 1), in_flight=st.integers(0, 3))
+    def another_replica_tells(self, number, in_flight):
+        load = Load(in_flight, in_flight, 0, 0.05 * in_flight, 1000.0 * in_flight, 0.0, 1000.0 * in_flight)
+        self.fleet.dispatcher.told({f"near-{number}": load} if in_flight else {})
+
     @rule(new=CONFIGS)
     def configuration_changes(self, new):
         self.fleet.dispatcher.configure(new)
@@ -216,13 +221,16 @@ class DispatcherMachine(RuleBasedStateMachine):
             for ticket in tickets:
                 assert ticket.phase != CLOSED
                 by_phase[ticket.phase] += ticket.parsed.sequences
-            assert worker.in_flight == len(tickets)
-            assert (worker.pending, worker.decoding) == (by_phase[PENDING], by_phase[DECODING])
-            assert (worker.backlog_s > 0) == (by_phase[PENDING] > 0)
-            assert worker.context_tokens >= 0
-            assert worker.kv_used_tokens >= 0
+            own, elsewhere = worker.own, worker.elsewhere
+            assert own.in_flight == len(tickets)
+            assert (own.pending, own.decoding) == (by_phase[PENDING], by_phase[DECODING])
+            assert (own.prefill_s > 0) == (by_phase[PENDING] > 0)
+            assert own.context_tokens >= 0
+            assert own.kv_tokens >= 0
             if not tickets:
-                assert worker.context_tokens == worker.kv_used_tokens == worker.pending_uncached_tokens == 0.0
+                assert own == Load()
+            assert worker.in_flight == own.in_flight + elsewhere.in_flight
+            assert (worker.backlog_s > 0) == (own.prefill_s + elsewhere.prefill_s > 0)
 
     @invariant()
     def queue_and_memory_are_bounded(self):
@@ -238,6 +246,7 @@ class DispatcherMachine(RuleBasedStateMachine):
     def teardown(self):
         if not hasattr(self, "fleet"):
             return
+        self.fleet.dispatcher.told({})
         while self.live or self.held:
             for ticket in list(self.live.values()):
                 if ticket.request_id in self.live:
@@ -246,10 +255,11 @@ class DispatcherMachine(RuleBasedStateMachine):
             self.fleet.dispatcher.tick()
         self.every_request_is_in_one_place()
         self.workers_count_exactly_what_is_live()
+        self.fleet.dispatcher.told({})
         self.fleet.assert_idle()
 
 
 DispatcherMachine.TestCase.settings = settings(
-    max_examples=120, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=100, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 TestDispatcherMachine = DispatcherMachine.TestCase
