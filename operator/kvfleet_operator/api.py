@@ -151,6 +151,28 @@ class KubeApi:
             "PATCH", resource, path, body=body, query=query, content_type=MERGE, subresource="status"
         )
 
+    async def scale(self, resource: ResourceType, live: Manifest, replicas: int, *, manager: str) -> Manifest:
+        """Set `spec.replicas`, provided nobody changed the object since `live` was read."""
+        metadata = live["metadata"]
+        path = resource.path(metadata.get("namespace"), metadata["name"])
+        guard = {"uid": metadata["uid"], "resourceVersion": metadata["resourceVersion"]}
+        body = {"metadata": guard, "spec": {"replicas": replicas}}
+        return await self._request(
+            "PATCH", resource, path, body=body, query={"fieldManager": manager}, content_type=MERGE
+        )
+
+    async def annotate(
+        self, resource: ResourceType, namespace: str, name: str, annotations: Mapping[str, str | None]
+    ) -> None:
+        """Set annotations; None removes one. An object that is gone needs none."""
+        body = {"metadata": {"annotations": dict(annotations)}}
+        path, query = resource.path(namespace, name), {"fieldManager": MANAGER}
+        try:
+            await self._request("PATCH", resource, path, body=body, query=query, content_type=MERGE)
+        except ApiError as error:
+            if error.status != 404:
+                raise
+
     async def delete(self, live: Manifest) -> None:
         """Delete that very object (by uid); its pods go with it in the background. Gone already is fine."""
         resource = BY_KIND[live["kind"]]

@@ -28,6 +28,7 @@ from kubernetes.aio.client import Configuration
 from kvfleet_operator import handlers
 from kvfleet_operator.api import ApiError, KubeApi, NotLeader, kubernetes_config, load_configuration
 from kvfleet_operator.apply import Applier
+from kvfleet_operator.autoscale.readers.prometheus import PrometheusReader, PrometheusSettings
 from kvfleet_operator.controller import Controller, run_workers
 from kvfleet_operator.health import Health, HealthServer
 from kvfleet_operator.lease import Lease, LeaseOptions
@@ -35,6 +36,7 @@ from kvfleet_operator.metrics import Metrics
 from kvfleet_operator.reconcile.dependents import Key
 from kvfleet_operator.reports import Reports
 from kvfleet_operator.resync import Resync
+from kvfleet_operator.scaling.loop import Scaler, ScalerOptions
 from kvfleet_operator.statuses import StatusWriter
 from kvfleet_operator.workqueue import WorkQueue
 from kvfleet_operator.world import World
@@ -76,6 +78,9 @@ class OperatorOptions:
     metrics_port: int = 9090
     workers: int = 4
     debounce_s: float = 0.1
+    scaling: ScalerOptions = field(default_factory=ScalerOptions)
+    prometheus: PrometheusSettings | None = None
+    """Where the autoscaler reads its signals; None: from the routers themselves."""
     kubeconfig: str | None = None
     context: str | None = None
 
@@ -166,13 +171,24 @@ class Operator:
     async def _lead(self, stop: asyncio.Event, api: KubeApi, lease: Lease, resync: Resync) -> int:
         """What the leader does, all at once; the first part that ends ends them all."""
         options = self.options
+        statuses = StatusWriter(api, self.world, instance=options.identity)
         controller = Controller(
             self.world,
             self.queue,
             Applier(api, self.world),
-            StatusWriter(api, self.world, instance=options.identity),
+            statuses,
             self.metrics,
-            now=lambda: datetime.now(UTC),
+            now=_now,
+            namespaces=options.watched,
+        )
+        scaler = Scaler(
+            api,
+            self.world,
+            statuses,
+            self.metrics,
+            now=_now,
+            reader=None if options.prometheus is None else PrometheusReader(options.prometheus),
+            options=options.scaling,
             namespaces=options.watched,
         )
         reports = Reports(self.world, controller.routers_reported, eager_s=options.report_s)
@@ -190,6 +206,7 @@ class Operator:
                     asyncio.create_task(run_workers(controller, options.workers), name="workers"),
                     asyncio.create_task(resync.run(controller.enqueue_all), name="resync"),
                     asyncio.create_task(reports.run(), name="reports"),
+                    asyncio.create_task(scaler.run(), name="autoscaler"),
                 ]
                 watch = handlers.watch(self.world, resync, self._login, namespaces=options.watched, stop=quiet)
                 return await _supervise(tasks, waiting, watch, quiet)
@@ -199,6 +216,10 @@ class Operator:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(listing, *tasks, return_exceptions=True)
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
 
 
 async def _know(resync: Resync, reports: Reports) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily
 
+from kvfleet_operator.scaling.metrics import ScalingMetrics
+
 
 class _WatchAges:
     """Ages are computed when they are read, so that a stalled loop still shows them growing."""
@@ -58,6 +60,26 @@ class Metrics:
             registry=self.registry,
         )
         self.leader = Gauge("kvfleet_operator_leader", "1 while this replica holds the Lease.", registry=self.registry)
+        self.scaling_rounds = Counter(
+            "kvfleet_operator_autoscaling_rounds",
+            "Rounds of the autoscaler over all pools by result: ok, error.",
+            ["result"],
+            registry=self.registry,
+        )
+        self.scaling_seconds = Histogram(
+            "kvfleet_operator_autoscaling_round_seconds",
+            "Time one round of the autoscaler takes, reading the signals included.",
+            buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
+            registry=self.registry,
+        )
+        self.scalings = Counter(
+            "kvfleet_operator_pool_scalings",
+            "Changes of a pool's replicas by the autoscaler, by direction: up, down.",
+            ["pool_namespace", "pool", "direction"],
+            registry=self.registry,
+        )
+        self.scaling = ScalingMetrics()
+        self.registry.register(self.scaling)
         self.watch_ages = _WatchAges()
         self.registry.register(self.watch_ages)
 

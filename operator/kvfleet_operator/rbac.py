@@ -61,7 +61,10 @@ def namespaced_rules() -> list[Rule]:
         # Where OwnerReferencesPermissionEnforcement is on, blocking an owner's deletion needs this.
         Rule((GROUP,), tuple(f"{plural}/finalizers" for plural in owners), ("update",)),
         *(Rule((group,), tuple(plurals), MANAGE) for group, plurals in groups.items()),
-        Rule((POD.group,), (POD.plural,), WATCH),
+        Rule((POD.group,), (POD.plural,), (*WATCH, "patch")),  # which worker goes first
+        # Handed on to routers, which wake pools at zero.
+        Rule(("apps",), ("deployments/scale",), ("get", "patch")),
+        Rule(("leaderworkerset.x-k8s.io",), ("leaderworkersets/scale",), ("get", "patch")),
         Rule(("discovery.k8s.io",), ("endpointslices",), READ),
         Rule((EVENT.group,), (EVENT.plural,), ("create",)),
     ]

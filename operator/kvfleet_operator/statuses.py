@@ -63,8 +63,21 @@ class StatusWriter:
         return True
 
     async def _post(self, regarding: Manifest, transition: Transition, now: datetime) -> None:
+        condition = transition.condition
+        await self.tell(
+            regarding,
+            action=condition.type,
+            reason=condition.reason,
+            note=f"{condition.type}={condition.status}: {condition.message}",
+            warning=transition.warning,
+            now=now,
+        )
+
+    async def tell(
+        self, regarding: Manifest, *, action: str, reason: str, note: str, warning: bool, now: datetime
+    ) -> None:
         """An Event. Losing one is no reason to fail a reconciliation."""
-        metadata, condition = regarding["metadata"], transition.condition
+        metadata = regarding["metadata"]
         namespace = metadata.get("namespace") or "default"
         event = {
             "apiVersion": EVENT.api_version,
@@ -73,10 +86,10 @@ class StatusWriter:
             "eventTime": now.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
             "reportingController": f"kvfleet.io/{MANAGER}",
             "reportingInstance": self._instance[:128],
-            "action": condition.type,
-            "reason": condition.reason[:128],
-            "note": f"{condition.type}={condition.status}: {condition.message}"[:MAX_NOTE],
-            "type": "Warning" if transition.warning else "Normal",
+            "action": action,
+            "reason": reason[:128],
+            "note": note[:MAX_NOTE],
+            "type": "Warning" if warning else "Normal",
             "regarding": {
                 "apiVersion": regarding["apiVersion"],
                 "kind": regarding["kind"],

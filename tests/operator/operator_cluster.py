@@ -267,12 +267,19 @@ class Cluster(kmock.KubernetesScaffold):
         version = patch.get("metadata", {}).get("resourceVersion")
         if version not in (None, before["metadata"]["resourceVersion"]):
             raise self._conflict("the object has been modified")
+        if patch.get("metadata", {}).get("uid") not in (None, before["metadata"]["uid"]):
+            raise self._conflict("uid mismatch")
         manifest = copy.deepcopy(before)
         if request.subresource == "status":
             manifest["status"] = self._merge(manifest.get("status", {}), patch["status"])
-        else:
-            manifest = self._merge(manifest, patch)
-        return self._store(self._where(request), manifest)
+            return self._store(self._where(request), manifest)
+        manifest = self._merge(manifest, patch)
+        if "replicas" in patch.get("spec", {}):
+            fields = {"f:spec": {"f:replicas": {}}}
+            entry = {"manager": request.params["fieldManager"], "operation": "Update", "fieldsV1": fields}
+            others = [e for e in manifest["metadata"].get("managedFields", []) if e["manager"] != entry["manager"]]
+            manifest["metadata"]["managedFields"] = [*others, entry]
+        return self.put(manifest)
 
     def _merge(self, base, patch):
         merged = dict(base)

@@ -80,14 +80,16 @@ class Autoscaler:
 
     def _decide(self, pool: PoolStep, now_s: float) -> PoolResult:
         memory = self._pools[pool.key]
-        memory.activity = observe(memory.activity, pool.busy, pool.served, now_s)
+        woken = memory.scaler.wanted == 0 and pool.workers.wanted > 0
+        memory.activity = observe(None if woken else memory.activity, pool.busy, pool.served, now_s)
         floor, problems = schedule_floor(pool.spec.schedule, now_s)
         forecast = _forecast(pool, memory, now_s)
         if forecast is not None and forecast.usable:
             floor = max(floor, _forecast_floor(pool, forecast), key=lambda bound: bound.replicas)
         decision = decide(pool.spec, pool.readings, pool.workers, memory.scaler, now_s, floor=floor)
         memory.scaler = decision.state
-        if pool.workers.wanted and floor.replicas == 0 and may_sleep(pool.spec, memory.activity, now_s):
+        sees = decision.blind is None and floor.replicas == 0
+        if pool.workers.wanted and sees and may_sleep(pool.spec, memory.activity, now_s):
             decision = _asleep(decision, pool, idle_s(memory.activity, now_s))
         return PoolResult(decision, problems, forecast)
 

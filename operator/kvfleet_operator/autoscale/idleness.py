@@ -1,8 +1,9 @@
 """To zero after idleness, and when a pool may not sleep.
 
 A pool is active while a request is in flight, held for it, or was served since the last look. It may go to zero after
-`idleSeconds` without activity. What cannot be seen counts as activity: a pool never goes to zero because its routers
-could not be asked, and never with a request held or in flight.
+`idleSeconds` without activity. Being woken, by whomever, is activity, and what cannot be seen counts as activity: a pool
+never goes to zero because its routers could not be asked, nor while a signal is missing, nor with a request held or in
+flight.
 
 Waking needs no rule of its own: requests held for a pool at zero count into `concurrency`, and `decide` gives a pool at
 zero at least one worker as soon as a signal is above zero.

@@ -11,7 +11,7 @@ from typing import Final
 from kvfleet_api.modelpool import AutoscalingStatus
 from kvfleet_operator.autoscale.autoscaler import PoolResult
 from kvfleet_operator.autoscale.decide import Decision
-from kvfleet_operator.reconcile.conditions import Finding
+from kvfleet_operator.reconcile.conditions import SCALING_ACTIVE, Finding
 
 MAX_TEXT: Final = 1024
 """Of a ShortText."""
@@ -22,22 +22,21 @@ def scaling_active(result: PoolResult) -> Finding:
     decision = result.decision
     if result.schedule_problems:
         wrong = "; ".join(f"{problem.field}: {problem.message}" for problem in result.schedule_problems)
-        return Finding("ScalingActive", "False", "InvalidSchedule", f"{wrong}; other entries are in force")
+        return Finding(SCALING_ACTIVE, "False", "InvalidSchedule", f"{wrong}; other entries are in force")
     if decision.wish is None:
         wrong = decision.blind or "no signal has a figure yet"
-        return Finding("ScalingActive", "False", "NoMetrics", f"{wrong}; the pool stays as it is")
+        return Finding(SCALING_ACTIVE, "False", "NoMetrics", f"{wrong}; the pool stays as it is")
     if decision.blind is None:
-        return Finding("ScalingActive", "True", "ValidMetrics", "Every signal was read.")
-    return Finding("ScalingActive", "False", "SomeMetrics", f"{decision.blind}; until then no worker is removed")
+        return Finding(SCALING_ACTIVE, "True", "ValidMetrics", "Every signal was read.")
+    return Finding(SCALING_ACTIVE, "False", "SomeMetrics", f"{decision.blind}; until then no worker is removed")
 
 
-def status(decision: Decision, before: AutoscalingStatus | None, current: int, now: str) -> AutoscalingStatus:
-    """`status.autoscaling` after a decision, for a workload of `current` replicas; `now` in RFC 3339."""
-    scaled = now if decision.desired != current else None
+def status(decision: Decision, before: AutoscalingStatus | None, *, scaled: bool, now: str) -> AutoscalingStatus:
+    """`status.autoscaling` after a decision; `scaled`: it changed the number of workers at `now` (RFC 3339)."""
     return AutoscalingStatus(
         desired_replicas=decision.desired,
         binding_signal=_binding(decision),
-        last_scale_time=scaled or (before.last_scale_time if before else None),
+        last_scale_time=now if scaled else before.last_scale_time if before else None,
         held_back_by=_short(decision.held_back_by),
     )
 

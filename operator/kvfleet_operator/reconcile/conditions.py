@@ -23,6 +23,9 @@ NEWS_AT_ONCE: Final = frozenset({"Accepted", "ResolvedRefs", "Conflicted"})
 BAD_WHEN_TRUE: Final = frozenset({"Conflicted"})
 """Types that state a problem when True."""
 
+SCALING_ACTIVE: Final = "ScalingActive"
+"""The autoscaler's own: it writes this condition beside those of the reconciler."""
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:

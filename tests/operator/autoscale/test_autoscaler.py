@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import pi, sin
 from typing import Any
 
@@ -58,7 +59,7 @@ def test_an_idle_pool_goes_to_zero_after_its_idle_seconds_and_wakes_with_the_nex
     fleet = Fleet(2, minReplicas=0, scaleToZero={"idleSeconds": 60})
     assert [fleet.tick(0.0) for _ in range(6)] == [2, 2, 2, 2, 0, 0]
     assert fleet.tick(1.0) == 1
-    assert [fleet.tick(0.0) for _ in range(5)] == [1, 1, 1, 0, 0]
+    assert [fleet.tick(0.0) for _ in range(6)] == [1, 1, 1, 1, 0, 0]
 
 
 def test_a_pool_whose_routers_cannot_be_asked_does_not_go_to_zero() -> None:
@@ -171,7 +172,7 @@ def test_the_condition_says_which_signals_are_missing() -> None:
 
 def test_the_status_names_the_binding_signal_and_keeps_the_last_scale_time() -> None:
     grows = Autoscaler().step([step(900.0, 3)], 0.0)["prod/a"].decision
-    first = status(grows, None, 3, "2024-06-03T08:00:00Z")
+    first = status(grows, None, scaled=True, now="2024-06-03T08:00:00Z")
     assert first == AutoscalingStatus(
         desired_replicas=7,
         binding_signal="concurrency: 900 against 10",
@@ -179,7 +180,7 @@ def test_the_status_names_the_binding_signal_and_keeps_the_last_scale_time() -> 
         held_back_by="rate policies of scaleUp let it go to 7 for now",
     )
     stays = Autoscaler().step([step(70.0, 7)], 0.0)["prod/a"].decision
-    second = status(stays, first, 7, "2024-06-03T08:00:15Z")
+    second = status(stays, first, scaled=False, now="2024-06-03T08:00:15Z")
     assert (second.last_scale_time, second.held_back_by) == ("2024-06-03T08:00:00Z", None)
 
 
@@ -187,4 +188,20 @@ def test_a_status_is_never_longer_than_the_api_allows() -> None:
     long = Reading("concurrency", "AverageValue", Quality.FAILED, message="x" * 5000)
     given = step(5.0)
     result = Autoscaler().step([PoolStep("k", given.spec, Workers(3, 3), [long], given.busy, given.served)], 0.0)["k"]
-    assert len(status(result.decision, None, 3, "2024-06-03T08:00:00Z").held_back_by or "") == 1024
+    assert len(status(result.decision, None, scaled=True, now="2024-06-03T08:00:00Z").held_back_by or "") == 1024
+
+
+def test_a_pool_somebody_woke_without_a_request_stays_for_its_idle_seconds() -> None:
+    fleet = Fleet(0, minReplicas=0, scaleToZero={"idleSeconds": 60})
+    assert [fleet.tick(0.0) for _ in range(20)] == [0] * 20
+    fleet.wanted = 1
+    assert [fleet.tick(0.0) for _ in range(6)] == [1, 1, 1, 1, 0, 0]
+
+
+def test_a_pool_with_a_signal_missing_does_not_go_to_zero_though_it_is_idle() -> None:
+    fleet = Fleet(2, minReplicas=0, scaleToZero={"idleSeconds": 60})
+    idle = step(0.0, 2, **fleet.fields)
+    for _ in range(20):
+        given = replace(idle, readings=[value(0.0, Quality.FAILED)])
+        assert fleet.autoscaler.step([given], fleet.now_s)["prod/a"].decision.desired == 2
+        fleet.now_s += 15

@@ -46,6 +46,12 @@ class RouterReader:
         found = dict(zip(wanted, pages, strict=True))
         return [[_reading(signal, pool, found) for signal in pool.signals] for pool in pools]
 
+    async def samples(self, urls: Sequence[str], names: Iterable[str]) -> list[Samples]:
+        """The series of these metrics from every process that answers."""
+        wanted = set(names)
+        pages = await asyncio.gather(*(self._scrape(url, wanted) for url in urls))
+        return [page for page in pages if not isinstance(page, FetchError)]
+
     async def aclose(self) -> None:
         await self._client.aclose()
 

@@ -1,0 +1,162 @@
+"""Round after round: look, read, decide, bring about.
+
+    every period_s      all pools: signals → Autoscaler.step → replicas, marks, status
+    every wake_s        pools at zero: has a router requests for one? is there a pool that is new, or that somebody else
+                        scaled? Then the round of all pools comes at once.
+
+Signals come from Prometheus where there is one. Whether a pool is idle is always asked of the routers themselves: what
+Prometheus knows is as old as its last scrape. A round takes bounded time: what was not read by then counts as failed.
+No error ends the loop but the loss of the Lease.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Final
+
+from kvfleet_operator.api import ApiError, KubeApi, NotLeader
+from kvfleet_operator.autoscale.autoscaler import Autoscaler
+from kvfleet_operator.autoscale.budget import Budget
+from kvfleet_operator.autoscale.readers.routers import RouterReader
+from kvfleet_operator.autoscale.readers.source import PoolQuestion, Reader
+from kvfleet_operator.autoscale.readings import Reading, failed
+from kvfleet_operator.metrics import Metrics
+from kvfleet_operator.resources import pod_address
+from kvfleet_operator.scaling.effects import Effects
+from kvfleet_operator.scaling.pools import ScaledPool, scaled_pools, step_of
+from kvfleet_operator.statuses import StatusWriter
+from kvfleet_operator.world import World
+
+logger = logging.getLogger(__name__)
+READ_LIMIT_S: Final = 30.0
+"""What could not be read within this time counts as failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScalerOptions:
+    period_s: float = 15.0
+    wake_s: float = 2.0
+    read_limit_s: float = READ_LIMIT_S
+    budget: Budget = field(default_factory=Budget)
+
+    def __post_init__(self) -> None:
+        if self.period_s <= 0 or self.wake_s <= 0:
+            raise ValueError("autoscaling seconds must be above 0: correct them")
+
+
+class Scaler:
+    def __init__(
+        self,
+        api: KubeApi,
+        world: World,
+        statuses: StatusWriter,
+        metrics: Metrics,
+        *,
+        now: Callable[[], datetime],
+        reader: Reader | None = None,
+        options: ScalerOptions = ScalerOptions(),
+        namespaces: Collection[str] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`reader` None: the routers themselves are asked for the signals."""
+        self._world = world
+        self._metrics = metrics
+        self._now = now
+        self._routers = RouterReader()
+        self._reader = reader or self._routers
+        self._options = options
+        self._namespaces = namespaces
+        self._clock = clock
+        self._effects = Effects(api, world, statuses, self._routers)
+        self._autoscaler = Autoscaler()
+        self._round_at: float | None = None
+        self._left: dict[str, int] = {}
+        """Pool → workers wanted as the last round left it."""
+
+    async def run(self) -> None:
+        """Until cancelled; raises NotLeader once this process may not write any more."""
+        try:
+            while True:
+                try:
+                    await self.look()
+                except NotLeader:
+                    raise
+                except Exception:
+                    self._metrics.scaling_rounds.labels("error").inc()
+                    logger.exception("a round of autoscaling failed; the next one follows")
+                await asyncio.sleep(min(self._options.wake_s, self._options.period_s))
+        finally:
+            await self._reader.aclose()
+            await self._routers.aclose()
+
+    async def look(self) -> bool:
+        """A round, if it is time for one. True where there was one."""
+        pools = scaled_pools(self._world, self._namespaces)
+        if not await self._due(pools):
+            return False
+        self._round_at = started = self._clock()
+        await self._round(pools)
+        self._metrics.scaling_seconds.observe(self._clock() - started)
+        return True
+
+    async def _due(self, pools: Sequence[ScaledPool]) -> bool:
+        if self._round_at is None or self._clock() - self._round_at >= self._options.period_s:
+            return True
+        if {pool.name: pool.workers.wanted for pool in pools} != self._left:
+            return True
+        asleep = [pool for pool in pools if pool.workers.wanted == 0]
+        busy = await self._routers.read([PoolQuestion(pool.activity[:1], pool.router_urls) for pool in asleep])
+        return any(reading.value for [reading] in busy)
+
+    async def _round(self, pools: Sequence[ScaledPool]) -> None:
+        questions = [await self._question(pool) for pool in pools]
+        activity_asked = [PoolQuestion(pool.activity, pool.router_urls) for pool in pools]
+        readings, activity = await asyncio.gather(
+            self._read(self._reader, questions), self._read(self._routers, activity_asked)
+        )
+        now = self._now()
+        steps = [step_of(*each) for each in zip(pools, readings, activity, strict=True)]
+        results = self._autoscaler.step(steps, now.timestamp(), self._options.budget)
+        self._left = {pool.name: pool.workers.wanted for pool in pools}
+        ok = True
+        for pool, read in zip(pools, readings, strict=True):
+            result = results[pool.name]
+            self._metrics.scaling.show(pool.scope, pool.workers, result, read)
+            try:
+                if await self._effects.bring_about(pool, result, now):
+                    self._left[pool.name] = result.decision.desired
+                    direction = "up" if result.decision.desired > pool.workers.wanted else "down"
+                    self._metrics.scalings.labels(*pool.name.split("/"), direction).inc()
+            except ApiError as error:
+                ok = False
+                logger.warning("%s: not scaled: %s; will be tried again", pool.name, error)
+        self._metrics.scaling.keep({pool.name for pool in pools})
+        self._metrics.scaling_rounds.labels("ok" if ok else "error").inc()
+
+    async def _question(self, pool: ScaledPool) -> PoolQuestion:
+        """Workers are looked up for the pools alone that are scaled on something only workers know."""
+        workers: list[str] = []
+        if pool.asks_workers:
+            try:
+                addresses = [pod_address(pod) for pod in await self._effects.pods(pool)]
+            except ApiError as error:
+                logger.warning("%s: its workers cannot be listed: %s", pool.name, error)
+                addresses = []
+            workers = [
+                f"http://{f'[{ip}]' if ':' in ip else ip}:{pool.config.port}" for ip in addresses if ip is not None
+            ]
+        return PoolQuestion(pool.signals, pool.router_urls, workers)
+
+    async def _read(self, reader: Reader, questions: Sequence[PoolQuestion]) -> list[list[Reading]]:
+        limit_s = self._options.read_limit_s
+        try:
+            async with asyncio.timeout(limit_s):
+                return await reader.read(questions)
+        except TimeoutError:
+            message = f"the signals could not all be read within {limit_s:g} s"
+            return [[failed(signal.name, signal.kind, message) for signal in asked.signals] for asked in questions]

@@ -1,0 +1,162 @@
+"""The autoscaler at work: an operator, an API server, a router's metrics; what becomes of `replicas` and the status."""
+
+import pytest
+from operator_running import poll, reason, running
+from scaling_fleet import Router, listening, put_fleet, replicas, worker_pod
+
+from kvfleet_operator.autoscale.readers.prometheus import PrometheusSettings
+from kvfleet_operator.autoscale.victims import DELETION_COST
+from kvfleet_operator.scaling.loop import ScalerOptions
+
+AT_ONCE = {"behavior": {"scaleDown": {"stabilizationWindowSeconds": 0}, "scaleUp": {}}}
+FAST = ScalerOptions(period_s=0.05, wake_s=0.02)
+
+
+@pytest.fixture
+async def router(unused_tcp_port):
+    async with listening(Router(), unused_tcp_port) as found:
+        found.port = unused_tcp_port
+        yield found
+
+
+def status(cluster):
+    return (cluster.get("ModelPool", "llama").get("status") or {}).get("autoscaling") or {}
+
+
+async def test_load_adds_workers_and_its_end_removes_them(cluster, login, make, router):
+    async with running(login, scaling=FAST) as operator:
+        put_fleet(cluster, make, router.port, **AT_ONCE)
+        await cluster.until(lambda: replicas(cluster) == 1)
+        cluster.roll_out("llama-workers")
+        router.in_flight = 38
+        await cluster.until(lambda: replicas(cluster) == 4)
+        await cluster.until(lambda: reason(cluster, "ModelPool", "llama", "ScalingActive") == "ValidMetrics")
+        await cluster.until(lambda: status(cluster).get("bindingSignal") == "concurrency: 38 against 10")
+        assert status(cluster)["desiredReplicas"] == cluster.get("ModelPool", "llama")["status"]["desiredReplicas"] == 4
+        router.in_flight = 0
+        await cluster.until(lambda: replicas(cluster) == 1)
+        await cluster.until(lambda: status(cluster)["desiredReplicas"] == 1)
+        await cluster.until(lambda: len([e for e in cluster.all("Event") if e["reason"].startswith("Scaled")]) == 2)
+    up, down = [event for event in cluster.all("Event") if event["reason"].startswith("Scaled")]
+    assert up["note"].startswith("from 1 to 4 workers: concurrency is 38 against a target of 10")
+    assert down["note"].startswith("from 4 to 1 workers:")
+    registry, pool = operator.metrics.registry, {"pool_namespace": "default", "pool": "llama"}
+    for direction in ("up", "down"):
+        name = "kvfleet_operator_pool_scalings_total"
+        assert registry.get_sample_value(name, {**pool, "direction": direction}) == 1
+    assert registry.get_sample_value("kvfleet_operator_pool_desired_replicas", pool) == 1
+
+
+async def test_the_reconciler_leaves_the_scalers_number_alone(cluster, login, make, router):
+    async with running(login, scaling=FAST) as operator:
+        put_fleet(cluster, make, router.port)
+        router.in_flight = 25
+        await cluster.until(lambda: replicas(cluster) == 3)
+        cluster.edit("ModelPool", "llama", lambda found: found["spec"].update(engine={"args": ["--new"]}))
+        await cluster.until(lambda: "--new" in str(cluster.get("Deployment", "llama-workers")))
+        await poll(lambda: operator.queue.idle)
+        assert replicas(cluster) == 3
+
+
+async def test_once_settled_it_writes_nothing(cluster, login, make, router):
+    async with running(login, scaling=FAST) as operator:
+        put_fleet(cluster, make, router.port)
+        router.in_flight = 25
+        await cluster.until(lambda: replicas(cluster) == 3)
+        cluster.roll_out("llama-workers")
+        await cluster.until(lambda: reason(cluster, "ModelPool", "llama", "Ready") == "Ready")
+        await poll(lambda: operator.queue.idle)
+        rounds = router.asked
+        await poll(lambda: router.asked > rounds + 4)
+        cluster.writes.clear()
+        rounds = router.asked
+        await poll(lambda: router.asked > rounds + 8)
+        assert [write for write in cluster.writes if write[1] != "leases"] == []
+
+
+async def test_victims_are_marked_before_a_scale_down(cluster, login, make, router):
+    async with running(login, scaling=FAST):
+        put_fleet(cluster, make, router.port, **AT_ONCE)
+        router.in_flight = 30
+        router.workers = {"a": (9, 0), "b": (1, 5000), "c": (1, 100)}
+        for name in router.workers:
+            cluster.put(worker_pod(name))
+        await cluster.until(lambda: replicas(cluster) == 3)
+        cluster.roll_out("llama-workers")
+        router.in_flight = 11
+        await cluster.until(lambda: replicas(cluster) == 2)
+        costs = {
+            name: (cluster.get("Pod", name)["metadata"].get("annotations") or {}).get(DELETION_COST) for name in "abc"
+        }
+    assert costs == {"a": None, "b": None, "c": "-1001"}
+    order = [write[1:] for write in cluster.writes]
+    last = max(index for index, write in enumerate(order) if write == ("deployments", "llama-workers"))
+    assert ("pods", "c") in order[:last]
+
+
+async def test_an_idle_pool_goes_to_zero_and_a_held_request_wakes_it_between_two_rounds(cluster, login, make, router):
+    slow = ScalerOptions(period_s=3600, wake_s=0.02)
+    async with running(login, scaling=FAST):
+        put_fleet(cluster, make, router.port, minReplicas=0, scaleToZero={"idleSeconds": 1}, **AT_ONCE)
+        await cluster.until(lambda: replicas(cluster) == 0)
+        cluster.edit("Deployment", "llama-workers", lambda found: found["spec"].update(replicas=2))
+        await cluster.until(lambda: replicas(cluster) == 0)
+        await cluster.until(lambda: any("no request for" in event["note"] for event in cluster.all("Event")))
+    async with running(login, scaling=slow):
+        await poll(lambda: router.asked)
+        router.queued = 1
+        await cluster.until(lambda: replicas(cluster) == 1)
+
+
+async def test_what_somebody_else_scaled_is_looked_at_at_once(cluster, login, make, router):
+    async with running(login, scaling=ScalerOptions(period_s=3600, wake_s=0.02)):
+        put_fleet(cluster, make, router.port)
+        await cluster.until(lambda: replicas(cluster) == 1 and status(cluster).get("desiredReplicas") == 1)
+        router.in_flight = 45
+        cluster.edit("Deployment", "llama-workers", lambda found: found["spec"].update(replicas=2))
+        await cluster.until(lambda: replicas(cluster) == 5)
+
+
+@pytest.mark.parametrize("silence", ["router", "prometheus"])
+async def test_without_data_nothing_is_removed_and_the_condition_says_so(
+    cluster, login, make, router, silence, unused_tcp_port_factory
+):
+    url = f"http://127.0.0.1:{unused_tcp_port_factory()}"
+    prometheus = PrometheusSettings(url) if silence == "prometheus" else None
+    router.silent = silence == "router"
+    async with running(login, scaling=FAST, prometheus=prometheus):
+        put_fleet(cluster, make, router.port, minReplicas=0, scaleToZero={"idleSeconds": 1}, **AT_ONCE)
+        await cluster.until(lambda: cluster.get("Deployment", "llama-workers"))
+        cluster.edit("Deployment", "llama-workers", lambda found: found["spec"].update(replicas=5))
+        await cluster.until(lambda: reason(cluster, "ModelPool", "llama", "ScalingActive") == "NoMetrics")
+        asked = router.asked
+        await poll(lambda: router.asked > asked + 30)
+        assert replicas(cluster) == 5
+    message = cluster.conditions("ModelPool", "llama")["ScalingActive"]["message"]
+    assert url in message if prometheus else "could be scraped" in message
+
+
+async def test_a_router_that_wakes_the_pool_first_is_not_overruled(cluster, login, make, router):
+    """Its write and ours meet: ours is refused, and judged anew."""
+    async with running(login, scaling=FAST):
+        put_fleet(cluster, make, router.port, minReplicas=0, scaleToZero={"idleSeconds": 1}, **AT_ONCE)
+        await cluster.until(lambda: replicas(cluster) == 0)
+        path = "/apis/apps/v1/namespaces/default/deployments/llama-workers"
+        cluster[f"patch {path}"][:1] << 409
+        router.queued = 35
+        await cluster.until(lambda: replicas(cluster) == 4)
+
+
+async def test_without_autoscaling_nothing_of_it_stays_in_the_status(cluster, login, make, router):
+    async with running(login, scaling=FAST):
+        put_fleet(cluster, make, router.port)
+        await cluster.until(lambda: status(cluster) and reason(cluster, "ModelPool", "llama", "ScalingActive"))
+
+        def fixed(found):
+            del found["spec"]["autoscaling"]
+            found["spec"]["replicas"] = 2
+
+        cluster.edit("ModelPool", "llama", fixed)
+        await cluster.until(lambda: replicas(cluster) == 2)
+        await cluster.until(lambda: not status(cluster) and not reason(cluster, "ModelPool", "llama", "ScalingActive"))
+        assert cluster.get("ModelPool", "llama")["status"]["desiredReplicas"] == 2
