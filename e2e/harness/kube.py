@@ -73,6 +73,12 @@ class Kube:
         applied: Object = answer.to_dict()
         return applied
 
+    def create_dry(self, manifest: Mapping[str, Any]) -> None:
+        """Everything creating it would check, as kubectl asks for it (unknown fields are errors); nothing is kept."""
+        kind = f"{manifest['apiVersion']}/{manifest['kind']}"
+        strict = [("dryRun", "All"), ("fieldValidation", "Strict")]
+        self._resource(kind).create(body=dict(manifest), query_params=strict, **self._where(kind))
+
     def patch(self, kind: str, name: str, patch: Mapping[str, Any], subresource: str = "") -> Object:
         """A JSON merge patch; the object as it is then."""
         resource = self._resource(kind)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import functools
 import re
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import cel
@@ -17,6 +19,8 @@ import jsonschema
 import pytest
 
 from kvfleet_api import schema
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 Json = dict[str, Any]
 
