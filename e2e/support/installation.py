@@ -77,6 +77,14 @@ class Installation:
     def pods(self) -> list[Object]:
         return self.kube.list("Pod", f"app.kubernetes.io/component=operator,app.kubernetes.io/instance={RELEASE}")
 
+    def ready_pods(self) -> list[str]:
+        """Names of the replicas that are ready and not on their way out."""
+        return [
+            pod["metadata"]["name"]
+            for pod in self.pods()
+            if condition(pod, "Ready").get("status") == "True" and "deletionTimestamp" not in pod["metadata"]
+        ]
+
     def lease(self) -> Object:
         spec: Object = self.kube.get("Lease", OPERATOR)["spec"]
         return spec
