@@ -7,6 +7,7 @@ Reading order:
 - `api`, `apply`: the API server as a client sees it; server-side apply with one field manager.
 - `world`, `workqueue`, `controller`: the observed objects, the keyed queue, one `reconcile(key)` per kind.
 - `resync`, `reports`: what watches may have missed; what the router replicas serve with.
+- `adapters`: LoRA adapters of running workers.
 - `lease`, `health`, `metrics`, `main`: one leader at a time, probes, Prometheus metrics, the process.
 - `handlers`: the only module that knows kopf; it feeds watch events into the world.
 - `rbac`: exactly the permissions all this needs.

@@ -81,6 +81,10 @@ class Controller:
             for key in self._world.keys(kind, namespace):
                 self._queue.add(key)
 
+    def adapters_reported(self, pool: Key) -> None:
+        """Something new is known of the adapters of one of its workers."""
+        self._queue.add(pool)
+
     # Working
 
     async def work(self) -> None:
@@ -130,6 +134,7 @@ class Controller:
             self._world.profile(pool.spec.accelerator.profile_ref),
             self._problems(pool),
             self._world.children(pool),
+            self._world.worker_adapters(pool),
         )
         applied, written = await self._applier.bring_about(pool, modelpool.children(given))
         return await self._report(live, modelpool.status(given, applied, self._stamp())) or written

@@ -1,6 +1,6 @@
 """The operator's process: hold the Lease, then watch and reconcile until told to stop or the Lease is lost.
 
-    probes up → credentials → wait for the Lease → list everything → watch (kopf) + workers + resync + reports
+    probes up → credentials → wait for the Lease → list everything → watch (kopf) + workers + resync + reports + adapters
                                                                      └─ until SIGTERM, or the Lease is lost
 
 A process that lost its Lease exits with status 1 and is restarted as a standby: no half-stopped leader is left behind.
@@ -26,6 +26,7 @@ from typing import Any, Final
 from kubernetes.aio.client import Configuration
 
 from kvfleet_operator import handlers
+from kvfleet_operator.adapters import AdapterLoader
 from kvfleet_operator.api import ApiError, KubeApi, NotLeader, kubernetes_config, load_configuration
 from kvfleet_operator.apply import Applier
 from kvfleet_operator.autoscale.readers.prometheus import PrometheusReader, PrometheusSettings
@@ -74,6 +75,8 @@ class OperatorOptions:
     resync_s: float = 300.0
     report_s: float = 2.0
     """Seconds between two questions to a router replica that is behind."""
+    adapters_s: float = 1.0
+    """Seconds between two looks at which workers need other adapters."""
     metrics_host: str = "0.0.0.0"
     metrics_port: int = 9090
     workers: int = 4
@@ -85,8 +88,8 @@ class OperatorOptions:
     context: str | None = None
 
     def __post_init__(self) -> None:
-        if self.resync_s <= 0 or self.report_s <= 0 or self.workers < 1:
-            raise ValueError("resync and report seconds must be above 0 and workers at least 1: correct them")
+        if self.resync_s <= 0 or self.report_s <= 0 or self.adapters_s <= 0 or self.workers < 1:
+            raise ValueError("resync, report and adapter seconds must be above 0 and workers at least 1: correct them")
 
     @property
     def watched(self) -> frozenset[str] | None:
@@ -192,8 +195,11 @@ class Operator:
             namespaces=options.watched,
         )
         reports = Reports(self.world, controller.routers_reported, eager_s=options.report_s)
+        loader = AdapterLoader(
+            self.world, controller.adapters_reported, self.metrics, fence=api.fence, eager_s=options.adapters_s
+        )
         keeping = asyncio.create_task(lease.keep(), name="lease")
-        listing = asyncio.create_task(_know(resync, reports), name="first listing")
+        listing = asyncio.create_task(_know(resync, reports, loader), name="first listing")
         waiting = asyncio.create_task(stop.wait(), name="stop")
         tasks = [keeping, waiting]
         try:
@@ -206,6 +212,7 @@ class Operator:
                     asyncio.create_task(run_workers(controller, options.workers), name="workers"),
                     asyncio.create_task(resync.run(controller.enqueue_all), name="resync"),
                     asyncio.create_task(reports.run(), name="reports"),
+                    asyncio.create_task(loader.run(), name="adapters"),
                     asyncio.create_task(scaler.run(), name="autoscaler"),
                 ]
                 watch = handlers.watch(self.world, resync, self._login, namespaces=options.watched, stop=quiet)
@@ -222,10 +229,10 @@ def _now() -> datetime:
     return datetime.now(UTC)
 
 
-async def _know(resync: Resync, reports: Reports) -> None:
-    """Learn the present state before anything is judged by it: all objects, and what the router replicas serve with."""
+async def _know(resync: Resync, reports: Reports, loader: AdapterLoader) -> None:
+    """Learn the present state before anything is judged by it: all objects, and what routers and workers say of themselves."""
     await resync.first()
-    await reports.poll()
+    await asyncio.gather(reports.poll(), loader.first())
 
 
 async def _supervise(

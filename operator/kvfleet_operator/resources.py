@@ -64,16 +64,19 @@ BY_KIND: Final[Mapping[str, ResourceType]] = {resource.kind: resource for resour
 
 def label_selector(resource: ResourceType) -> str | None:
     """What of a kind the operator looks at: all of its own kinds, of the others what it made."""
-    if resource in OWN:
-        return None
-    managed = f"{names.MANAGED_BY}={names.MANAGER}"
-    return f"{managed},{names.COMPONENT}={names.ROUTER_COMPONENT}" if resource == POD else managed
+    return None if resource in OWN else f"{names.MANAGED_BY}={names.MANAGER}"
 
 
 def pod_address(pod: Mapping[str, Any]) -> str | None:
     """The IP of a pod that is ready and not on its way out."""
-    status = pod.get("status") or {}
-    if pod["metadata"].get("deletionTimestamp"):
+    if pod["metadata"].get("deletionTimestamp") or ready_since(pod) is None:
         return None
-    ready = any(c.get("type") == "Ready" and c.get("status") == "True" for c in status.get("conditions") or [])
-    return status.get("podIP") if ready else None
+    return (pod.get("status") or {}).get("podIP")
+
+
+def ready_since(pod: Mapping[str, Any]) -> str | None:
+    """When a pod that is ready became so."""
+    for condition in (pod.get("status") or {}).get("conditions") or []:
+        if condition.get("type") == "Ready" and condition.get("status") == "True":
+            return str(condition.get("lastTransitionTime") or "")
+    return None

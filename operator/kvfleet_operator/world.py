@@ -8,7 +8,7 @@ namespace is compiled once per change and shared by all that need it: routers, p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
@@ -21,9 +21,10 @@ from kvfleet_api.modelpool import ModelPool
 from kvfleet_api.problems import FieldProblem, explain
 from kvfleet_api.routingpolicy import RoutingPolicy
 from kvfleet_operator.reconcile import names
+from kvfleet_operator.reconcile.adapters import WorkerAdapters
 from kvfleet_operator.reconcile.dependents import Key, key_of
 from kvfleet_operator.reconcile.plan import Manifest, kind_name
-from kvfleet_operator.resources import pod_address
+from kvfleet_operator.resources import pod_address, ready_since
 
 Parsed = Resource | list[FieldProblem]
 """An own object as its model, or what is wrong with it."""
@@ -34,6 +35,14 @@ SCALED: Final = frozenset({"Deployment", "LeaderWorkerSet"})
 """Kinds whose managed fields tell who owns `replicas`."""
 
 
+class WorkerPod(NamedTuple):
+    """A ready pod that serves a model."""
+
+    ip: str
+    incarnation: str
+    """Another one after each restart of its engine."""
+
+
 class World:
     def __init__(self) -> None:
         self._objects: dict[str, dict[tuple[str | None, str], Manifest]] = {}
@@ -42,6 +51,10 @@ class World:
         self._gone: dict[str, int] = {}
         self.reports: dict[tuple[str, str], str] = {}
         """(namespace, router pod) → the configuration revision it says it serves with."""
+        self.adapters: dict[tuple[str, str], WorkerAdapters] = {}
+        """(namespace, worker) → its adapters, as it was last asked."""
+        self._pods: dict[tuple[str | None, str, str], dict[str, Manifest]] = {}
+        """(namespace, label, its value) → pods by name."""
         self.on_change: Callable[[Manifest | None, Manifest], None] = lambda before, after: None
         """Called with the state before (None: new) and after of everything that changed."""
 
@@ -103,14 +116,34 @@ class World:
 
     def router_pods(self, router: FleetRouter) -> dict[str, str]:
         """Name → IP of a router's ready pods."""
-        wanted = names.label_value(router.metadata.name)
-        found = {}
-        for (namespace, name), pod in self._objects.get("Pod", {}).items():
-            labels = pod["metadata"].get("labels") or {}
-            ip = pod_address(pod) if namespace == router.metadata.namespace else None
-            if ip and labels.get(names.ROUTER) == wanted:
-                found[name] = ip
-        return found
+        pods = self._pods_of(names.ROUTER, router)
+        return {name: ip for name, pod in pods.items() if (ip := pod_address(pod))}
+
+    def lora_workers(self, pool: ModelPool) -> dict[str, WorkerPod]:
+        """A pool's ready workers whose engines can load adapters."""
+        return {
+            name: WorkerPod(ip, f"{pod['metadata'].get('uid')} {ready_since(pod)}")
+            for name, pod in self._workers(pool)
+            if names.LORA in pod["metadata"]["labels"] and (ip := pod_address(pod))
+        }
+
+    def worker_adapters(self, pool: ModelPool) -> dict[str, WorkerAdapters | None]:
+        """Ready worker → what is known of its adapters; None: it was not asked yet."""
+        namespace, with_lora = pool.metadata.namespace or "default", self.lora_workers(pool)
+        return {
+            name: self.adapters.get((namespace, name)) if name in with_lora else WorkerAdapters(lora=False)
+            for name, pod in self._workers(pool)
+            if pod_address(pod)
+        }
+
+    def _workers(self, pool: ModelPool) -> Iterator[tuple[str, Manifest]]:
+        """Those that serve HTTP."""
+        for name, pod in self._pods_of(names.POOL, pool).items():
+            if pod["metadata"]["labels"].get(names.COMPONENT) == names.ENGINE:
+                yield name, pod
+
+    def _pods_of(self, label: str, owner: Resource) -> dict[str, Manifest]:
+        return self._pods.get((owner.metadata.namespace, label, names.label_value(owner.metadata.name)), {})
 
     def replicas(self, router: FleetRouter) -> dict[str, str | None]:
         """Ready replica → the revision it reported."""
@@ -132,6 +165,7 @@ class World:
             return False
         kept = _kept(manifest)
         self._objects.setdefault(key.kind, {})[key.namespace, key.name] = kept
+        self._index(before, kept)
         self._forget(key, concerns_others=before is None or summary(before) != summary(kept))
         self.on_change(before, kept)
         return True
@@ -144,11 +178,28 @@ class World:
         if before is None or before["metadata"].get("uid") != manifest["metadata"].get("uid"):
             return False
         del self._objects[key.kind][key.namespace, key.name]
+        self._index(before, None)
         self._forget(key, concerns_others=True)
         if key.kind == "Pod" and key.namespace:
             self.reports.pop((key.namespace, key.name), None)
+            self.adapters.pop((key.namespace, key.name), None)
         self.on_change(before, {**manifest, "metadata": {**manifest["metadata"], "deletionTimestamp": "gone"}})
         return True
+
+    def _index(self, before: Manifest | None, after: Manifest | None) -> None:
+        """Keep `_pods` in step with a change of one pod."""
+        for pod, present in ((before, False), (after, True)):
+            if pod is None or pod["kind"] != "Pod":
+                continue
+            metadata = pod["metadata"]
+            for label in {names.ROUTER, names.POOL} & (metadata.get("labels") or {}).keys():
+                place = (metadata.get("namespace"), label, metadata["labels"][label])
+                if present:
+                    self._pods.setdefault(place, {})[metadata["name"]] = pod
+                else:
+                    self._pods[place].pop(metadata["name"])
+                    if not self._pods[place]:
+                        del self._pods[place]
 
     def _bury(self, manifest: Manifest) -> None:
         """Remember that nothing up to this version counts. A later one does: an object that lost our label was not deleted."""

@@ -56,7 +56,7 @@ def make():
     """Manifests, and `make.parse` to turn them into models."""
     return SimpleNamespace(
         own=manifests.own, profile=manifests.profile, pool=manifests.pool, policy=manifests.policy,
-        router=manifests.router, router_pod=manifests.router_pod,
+        router=manifests.router, router_pod=manifests.router_pod, worker_pod=manifests.worker_pod,
         parse=lambda manifest: KINDS[manifest["kind"]].model_validate(manifest),
         now=lambda: datetime(2026, 1, 1, tzinfo=UTC),
     )  # fmt: skip

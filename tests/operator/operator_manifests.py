@@ -45,3 +45,13 @@ def router_pod(name="router-0", ip="127.0.0.1", ready=True, router="router"):
     conditions = [{"type": "Ready", "status": "True" if ready else "False"}]
     metadata = {"name": name, "namespace": "default", "labels": labels}
     return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "status": {"podIP": ip, "conditions": conditions}}
+
+
+def worker_pod(name="w1", ip="127.0.0.1", ready=True, pool="llama", since="2026-01-01T00:00:00Z", with_lora=True):
+    labels = {
+        "app.kubernetes.io/managed-by": "kvfleet-operator", "app.kubernetes.io/component": "engine",
+        "kvfleet.io/pool": pool, **({"kvfleet.io/lora": "enabled"} if with_lora else {}),
+    }  # fmt: skip
+    conditions = [{"type": "Ready", "status": "True" if ready else "False", "lastTransitionTime": since}]
+    metadata = {"name": name, "namespace": "default", "labels": labels}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "status": {"podIP": ip, "conditions": conditions}}

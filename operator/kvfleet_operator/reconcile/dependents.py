@@ -5,6 +5,8 @@ ModelPool          → itself, its profile, routers and policies of its namespac
 RoutingPolicy      → routers and policies of its namespace (precedence and conflicts)
 FleetRouter        → itself, policies of its namespace (Programmed)
 a child            → its controller
+a router's pod     → routers and policies of its namespace (Programmed)
+a worker with LoRA → its pool (AdaptersLoaded)
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ def dependents(manifest: Mapping[str, Any], lookup: Lookup) -> set[Key]:
         case "FleetRouter":
             return {key, *lookup.keys("RoutingPolicy", key.namespace)}
         case "Pod":
-            return set(_routing(key.namespace, lookup)) if _router_label(manifest) else set()
+            return _pods_owners(manifest, lookup)
         case _:
             return _controller(manifest)
 
@@ -68,9 +70,13 @@ def _routing(namespace: str | None, lookup: Lookup) -> set[Key]:
     return {*lookup.keys("FleetRouter", namespace), *lookup.keys("RoutingPolicy", namespace)}
 
 
-def _router_label(manifest: Mapping[str, Any]) -> str | None:
-    label = (manifest["metadata"].get("labels") or {}).get(names.ROUTER)
-    return label if isinstance(label, str) else None
+def _pods_owners(manifest: Mapping[str, Any], lookup: Lookup) -> set[Key]:
+    labels, namespace = manifest["metadata"].get("labels") or {}, manifest["metadata"].get("namespace")
+    if names.ROUTER in labels:
+        return _routing(namespace, lookup)
+    if names.LORA not in labels:
+        return set()
+    return {key for key in lookup.keys("ModelPool", namespace) if names.label_value(key.name) == labels.get(names.POOL)}
 
 
 def _controller(manifest: Mapping[str, Any]) -> set[Key]:
