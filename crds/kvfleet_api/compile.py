@@ -66,11 +66,19 @@ class CompiledFleet:
 
 def workers_service_name(pool: str) -> str:
     """Name of the headless Service whose EndpointSlices list the pool's workers; at most 63 characters."""
-    suffix = "-workers"
-    if len(pool) + len(suffix) <= 63:
-        return pool + suffix
-    digest = hashlib.sha256(pool.encode()).hexdigest()[:8]
-    return f"{pool[: 63 - len(suffix) - 9]}-{digest}{suffix}"
+    return _bounded(pool, "-workers")
+
+
+def lws_name(pool: str) -> str:
+    """Name of the LeaderWorkerSet of a pool whose workers are spread over nodes; at most 63 characters."""
+    return _bounded(pool, "-lws")
+
+
+def _bounded(name: str, suffix: str) -> str:
+    if len(name) + len(suffix) <= 63:
+        return name + suffix
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{name[: 63 - len(suffix) - 9]}-{digest}{suffix}"
 
 
 def compile_fleet(
@@ -195,6 +203,7 @@ def _pool(
     pool: ModelPool, adapters: list[str], profiles: dict[str, AcceleratorProfile], problems: list[Problem]
 ) -> PoolConfig:
     spec, engine = pool.spec, pool.spec.engine
+    scales_to_zero = spec.autoscaling is not None and spec.autoscaling.min_replicas == 0
     events = engine.kv_events if engine.kv_events.enabled else None
     return PoolConfig(
         name=pool.metadata.name,
@@ -211,8 +220,17 @@ def _pool(
         port=engine.port,
         kv_events_port=events.port if events else None,
         kv_replay_port=events.replay_port if events else None,
-        scales_to_zero=spec.autoscaling is not None and spec.autoscaling.min_replicas == 0,
+        scales_to_zero=scales_to_zero,
+        wake_target=_workload(pool) if scales_to_zero else None,
     )
+
+
+def _workload(pool: ModelPool) -> str:
+    """The resource whose `replicas` are the pool's workers."""
+    name = pool.metadata.name
+    if pool.spec.parallelism.nodes > 1:
+        return f"leaderworkersets/{lws_name(name)}"
+    return f"deployments/{workers_service_name(name)}"
 
 
 def _cost(pool: ModelPool, profiles: dict[str, AcceleratorProfile], problems: list[Problem]) -> CostModel:

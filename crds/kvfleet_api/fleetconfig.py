@@ -54,6 +54,8 @@ class PoolConfig(Schema):
     endpoints: list[Endpoint] = []
     """Static workers, used instead of `service` when not empty."""
     scales_to_zero: bool = False
+    wake_target: str | None = None
+    """`deployments/NAME` or `leaderworkersets/NAME`: what a router scales to 1 when requests wait for the pool at zero."""
 
 
 class WeightedPool(Schema):

@@ -22,7 +22,7 @@ import uvloop
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from kvfleet_api.fleetconfig import FleetConfig
+from kvfleet_api.fleetconfig import FleetConfig, PoolConfig
 from kvfleet_router.core.dispatcher import ConfigError, Dispatcher, WorkerEndpoint
 from kvfleet_router.io.admin import Admin
 from kvfleet_router.io.auth import ApiKeys, Authenticator, KeysRejected
@@ -169,6 +169,10 @@ class RouterApp:
     def take_endpoints(self, pool: str, endpoints: Sequence[WorkerEndpoint]) -> None:
         self.dispatcher.set_endpoints(pool, endpoints)
         self._forget_origins()
+
+    def pools_to_wake(self) -> list[PoolConfig]:
+        names = self.dispatcher.pools_to_wake()
+        return [pool.config for pool in self.dispatcher.pools() if pool.name in names] if names else []
 
     def reject_config(self, reason: str) -> None:
         self.loaded.refuse(reason)

@@ -126,10 +126,23 @@ class Dispatcher:
         """The pools now served."""
         return list(self._fleet.pools.values())
 
-    def queue_depths(self) -> dict[str, int]:
-        """Held requests per policy name."""
-        depths = self._placement.queue.depths
-        return {policy.name: depths.get(policy.name, 0) for policy in self.config.policies}
+    def queue_depths(self) -> dict[tuple[str, str], int]:
+        """Held requests by (policy, model), for every model that a policy sends somewhere."""
+        queue = self._placement.queue
+        return {(lane.config.name, lane.model): queue.waiting(lane) for lane in self._routes.lanes()}
+
+    def pools_to_wake(self) -> list[str]:
+        """Pools at zero that requests wait for: where no pool of a lane has a worker, the first that is asleep."""
+        found: dict[str, None] = {}
+        for lane in self._placement.queue.lanes():
+            workers = [worker for pool in lane.pools for worker in pool.workers.values()]
+            if not any(worker.assignable for worker in workers):
+                found |= dict.fromkeys([pool.name for pool in lane.pools if pool.asleep][:1])
+        return list(found)
+
+    def predicted_ttft_s(self, pool: str, cached_share: float) -> float:
+        """TTFT of a mean prompt of which this share is cached, if it came to the pool now."""
+        return self._fleet.pools[pool].predicted_ttft_s(cached_share, self._clock())
 
     def pack_target(self, pool: str) -> int:
         """Sequences a worker of the pool should be filled to before another one is used (b*)."""

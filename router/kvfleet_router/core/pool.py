@@ -14,6 +14,7 @@ from kvfleet_router.core.calibration import PUBLISH_CHANGE, Calibration, OutputL
 from kvfleet_router.core.columns import Table
 from kvfleet_router.core.energy import pack_target, watts
 from kvfleet_router.core.index import PrefixIndex
+from kvfleet_router.core.predict import backlog_s
 from kvfleet_router.core.worker import Worker, WorkerEndpoint
 
 LOAD_PERIOD_S = 0.25
@@ -109,6 +110,14 @@ class Pool:
     def unloaded_ttft_s(self, prompt_tokens: float) -> float:
         """TTFT of an uncached prompt on an idle worker."""
         return self.prefill_factor * self.cost.prefill_s(prompt_tokens, prompt_tokens) + self.step_s
+
+    def predicted_ttft_s(self, cached_share: float, now: float) -> float:
+        """TTFT of a mean prompt that came now and found this share of itself cached; without a worker: on an idle one."""
+        prompt = self.stats.mean_prompt_tokens
+        own = self.prefill_factor * self.cost.prefill_s(prompt * (1.0 - cached_share), prompt)
+        ready = [worker for worker in self.workers.values() if worker.assignable]
+        waits = [backlog_s(worker, now) + worker.inflation * own + worker.step_now_s for worker in ready]
+        return min(waits, default=own + self.step_s)
 
     def pack_target(self) -> int:
         """[b*] Sequences to fill a worker with before another one is used."""

@@ -170,6 +170,9 @@ class Routes:
                     lanes.append(lane)
         return lanes
 
+    def lanes(self) -> list[Lane]:
+        return [lane for lanes in (*self._lanes.values(), self._any) for lane in lanes]
+
     def find(self, parsed: ParsedRequest) -> Lane | Refusal:
         """The lane that takes the request."""
         model = parsed.model

@@ -19,7 +19,7 @@ from typing import Protocol
 from prometheus_client.core import Metric
 from pydantic import ValidationError
 
-from kvfleet_api.fleetconfig import FleetConfig
+from kvfleet_api.fleetconfig import FleetConfig, PoolConfig
 from kvfleet_router.core.dispatcher import WorkerEndpoint
 from kvfleet_router.io.files import POLL_S, WatchedFiles, read_bounded
 
@@ -43,6 +43,9 @@ class Sink(Protocol):
 
     def reject_config(self, reason: str) -> None:
         """A configuration came that cannot be read."""
+
+    def pools_to_wake(self) -> Sequence[PoolConfig]:
+        """Pools at zero that requests wait for."""
 
 
 class ConfigSource(Protocol):

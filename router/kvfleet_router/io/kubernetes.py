@@ -31,6 +31,7 @@ from kvfleet_router.core.worker import WorkerEndpoint
 from kvfleet_router.io.config_source import ConfigRejected, ConfigSource, Sink, parse_config, read_config
 from kvfleet_router.io.kubernetes_access import Access, AccessError
 from kvfleet_router.io.kubernetes_slices import SERVICE_LABEL, EndpointSlice, Readiness, workers
+from kvfleet_router.io.kubernetes_wake import Waker
 from kvfleet_router.io.kubernetes_watch import Contact, Metadata, Reflector, Timings
 from kvfleet_router.io.metrics import PREFIX
 
@@ -81,6 +82,7 @@ class KubernetesSource(ConfigSource):
             timings=timings,
             rng=self._rng,
         )
+        self._waker = Waker(access, self._namespace, timings=timings)
         self._slices: Reflector[EndpointSlice] | None = None
         self._watching: asyncio.Task[None] | None = None
         self._services: frozenset[str] = frozenset()
@@ -112,6 +114,7 @@ class KubernetesSource(ConfigSource):
         try:
             async with asyncio.TaskGroup() as self._group:
                 self._group.create_task(self._configs.run())
+                self._group.create_task(self._waker.run(sink.pools_to_wake))
         finally:
             if self._doubt_ends is not None:
                 self._doubt_ends.cancel()
@@ -262,6 +265,7 @@ class KubernetesSource(ConfigSource):
             for cause, count in contact.failures.items():
                 failures.add_metric((resource, cause), count)
         yield from (connected, age, lists, failures, doubted)
+        yield from self._waker.metrics()
 
 
 def _services(config: FleetConfig | None) -> frozenset[str]:

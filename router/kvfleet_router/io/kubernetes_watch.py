@@ -100,10 +100,12 @@ class _Status(msgspec.Struct):
 class Failure(Exception):
     """A try ended without result. `cause` is a metric's label."""
 
-    def __init__(self, cause: str, reason: str, *, retry_after_s: float = 0.0) -> None:
+    def __init__(self, cause: str, reason: str, *, retry_after_s: float = 0.0, status: int = 0) -> None:
         super().__init__(reason)
         self.cause = cause
         self.retry_after_s = retry_after_s
+        self.status = status
+        """Of the server's answer; 0: there was none."""
 
 
 class Outdated(Failure):
@@ -174,7 +176,7 @@ class Reflector(Generic[T]):
             try:
                 await self._follow()
             except Exception as error:
-                await asyncio.sleep(self._failed(_as_failure(error)))
+                await asyncio.sleep(self._failed(as_failure(error)))
 
     async def _follow(self) -> None:
         timings = self._timings
@@ -211,8 +213,8 @@ class Reflector(Generic[T]):
         query = {**self._selector, "limit": str(PAGE_OBJECTS)}
         while True:
             async with client.stream("GET", self._path, params=query, headers=self._access.headers()) as response:
-                await _check(response)
-                page = msgspec.json.decode(await _whole(response, MAX_PAGE_BYTES), type=_Page)
+                await check_answer(response)
+                page = msgspec.json.decode(await whole_body(response, MAX_PAGE_BYTES), type=_Page)
             self._contact.heard()
             for raw in page.items or ():
                 item = self._decoder.decode(raw)
@@ -247,7 +249,7 @@ class Reflector(Generic[T]):
         began, events = time.monotonic(), 0
         request = client.stream("GET", self._path, params=query, headers=self._access.headers(), timeout=timeout)
         async with request as response:
-            await _check(response)
+            await check_answer(response)
             self._made_contact()
             lines = Lines(MAX_EVENT_BYTES)
             async for piece in response.aiter_raw():
@@ -280,7 +282,7 @@ class Reflector(Generic[T]):
         self._on_change([item] if before is None else [before, item])
 
 
-def _as_failure(error: Exception) -> Failure:
+def as_failure(error: Exception) -> Failure:
     """What went wrong, in a metric's word. What cannot be understood is asked for anew, from the list on."""
     what = str(error) or type(error).__name__
     match error:
@@ -301,21 +303,21 @@ def _refusal(status: int, message: str, retry_after: str = "") -> Failure:
     if status == 410:
         return Outdated("outdated", text)
     if 400 <= status < 500 and status != 429:
-        return Failure("refused", text)
+        return Failure("refused", text, status=status)
     return Failure("server_error", text, retry_after_s=float(retry_after) if retry_after.isdecimal() else 0.0)
 
 
-async def _check(response: httpx.Response) -> None:
+async def check_answer(response: httpx.Response) -> None:
     if response.status_code == 200:
         return
     try:
-        message = msgspec.json.decode(await _whole(response, MAX_REFUSAL_BYTES), type=_Status).message
+        message = msgspec.json.decode(await whole_body(response, MAX_REFUSAL_BYTES), type=_Status).message
     except msgspec.MsgspecError:
         message = ""
     raise _refusal(response.status_code, message, response.headers.get("retry-after", ""))
 
 
-async def _whole(response: httpx.Response, limit_bytes: int) -> bytes:
+async def whole_body(response: httpx.Response, limit_bytes: int) -> bytes:
     body = bytearray()
     async for piece in response.aiter_raw():
         body += piece

@@ -97,7 +97,6 @@ class Series:
         "itl",
         "outcomes",
         "output_tokens",
-        "predicted_ttft_s",
         "prompt_tokens",
         "ttft",
     )
@@ -108,7 +107,6 @@ class Series:
         self.itl = Histogram(ITL_BUCKETS_S)
         self.e2e = Histogram(E2E_BUCKETS_S)
         self.error = Histogram(ERROR_BUCKETS_S)
-        self.predicted_ttft_s = 0.0
         self.prompt_tokens = 0.0
         self.cached_predicted = 0.0
         self.cached_reported = 0
@@ -150,7 +148,6 @@ class RouterMetrics(Collector):
             first_byte_at = exchange.first_byte_at
             series.ttft.observe(first_byte_at - exchange.started_at)
             series.error.observe(abs(first_byte_at - ticket.sent_at - ticket.predicted_ttft_s))
-            series.predicted_ttft_s = ticket.predicted_ttft_s
             steps = tokens // ticket.parsed.sequences - 1
             if steps > 0:
                 series.itl.observe((now - first_byte_at) / steps)
@@ -273,30 +270,42 @@ class RouterMetrics(Collector):
         in_flight = GaugeMetricFamily(PREFIX + "in_flight", "Requests at workers.", labels=("pool",))
         workers = GaugeMetricFamily(PREFIX + "workers", "Workers, by state.", labels=("pool", "state"))
         predicted = GaugeMetricFamily(
-            PREFIX + "predicted_ttft_seconds", "Last predicted time to first token.", labels=("pool",)
+            PREFIX + "predicted_ttft_seconds",
+            "Predicted time to first token of a mean prompt that came now; of a pool without a worker: on an idle one.",
+            labels=("pool",),
+        )
+        by_worker = ("pool", "worker")
+        at_worker = GaugeMetricFamily(
+            PREFIX + "worker_in_flight", "Requests this router has at a worker.", labels=by_worker
+        )
+        cached = GaugeMetricFamily(
+            PREFIX + "worker_cached_tokens", "Tokens a worker is believed to have cached.", labels=by_worker
         )
         pack = GaugeMetricFamily(
             PREFIX + "pack_target_sequences",
             "Sequences a worker is filled to before another is used.",
             labels=("pool",),
         )
-        for pool in dispatcher.config.pools:
+        cached_shares = self._cached_shares()
+        for pool in dispatcher.pools():
             name = pool.name
             states = dict.fromkeys(WORKER_STATES, 0)
             running = 0
-            for worker in dispatcher.workers(name):
+            for worker in pool.workers.values():
                 states[worker.state] += 1
-                running += worker.in_flight
+                running += worker.own.in_flight
+                at_worker.add_metric((name, worker.name), worker.own.in_flight)
+                cached.add_metric((name, worker.name), len(worker.cache) * pool.block_tokens)
             in_flight.add_metric((name,), running)
             for state, count in states.items():
                 workers.add_metric((name, state), count)
-            pack.add_metric((name,), dispatcher.pack_target(name))
-        for (_, pool_name, _), series in self._series.items():
-            if pool_name and series.predicted_ttft_s:
-                predicted.add_metric((pool_name,), series.predicted_ttft_s)
-        queue = GaugeMetricFamily(PREFIX + "queue_depth", "Requests held in the router's queue.", labels=("policy",))
-        for policy, depth in dispatcher.queue_depths().items():
-            queue.add_metric((policy,), depth)
+            pack.add_metric((name,), pool.pack_target())
+            predicted.add_metric((name,), dispatcher.predicted_ttft_s(name, cached_shares.get(name, 0.0)))
+        queue = GaugeMetricFamily(
+            PREFIX + "queue_depth", "Requests held in the router's queue.", labels=("policy", "model")
+        )
+        for policy_and_model, depth in dispatcher.queue_depths().items():
+            queue.add_metric(policy_and_model, depth)
         revision = GaugeMetricFamily(PREFIX + "config_info", "The configuration being served.", labels=("revision",))
         revision.add_metric((self._loaded.revision,), 1)
         rejected = CounterMetricFamily(PREFIX + "config_errors", "Configurations that could not be taken.")
@@ -305,7 +314,16 @@ class RouterMetrics(Collector):
             PREFIX + "config_refused", "Whether a newer configuration is there that cannot be served."
         )
         refused.add_metric((), bool(self._loaded.refused))
-        yield from (in_flight, workers, predicted, pack, queue, revision, rejected, refused)
+        yield from (in_flight, workers, at_worker, cached, predicted, pack, queue, revision, rejected, refused)
+
+    def _cached_shares(self) -> dict[str, float]:
+        """Pool → the share of its prompts' tokens that was expected in a cache."""
+        prompts: dict[str, float] = {}
+        cached: dict[str, float] = {}
+        for (_, pool, _), series in self._series.items():
+            prompts[pool] = prompts.get(pool, 0.0) + series.prompt_tokens
+            cached[pool] = cached.get(pool, 0.0) + series.cached_predicted
+        return {pool: min(cached[pool] / tokens, 1.0) for pool, tokens in prompts.items() if tokens}
 
 
 def _sum(parts: Sequence[Histogram]) -> Histogram:

@@ -164,14 +164,14 @@ def test_requests_beyond_the_limit_wait_and_go_in_order():
     fleet = Fleet(workers=1, admission=BUSY)
     running = fleet.sent()
     first, second = fleet.held(), fleet.held()
-    assert fleet.dispatcher.queue_depths() == {"policy": 2}
+    assert fleet.dispatcher.queue_depths() == {("policy", "m"): 2}
     fleet.answer(running)
     assert [ticket.request_id for ticket in fleet.called_back] == [first.arrival.request_id]
     fleet.answer(fleet.called_back[0])
     assert [ticket.request_id for ticket in fleet.called_back][1:] == [second.arrival.request_id]
     fleet.answer(fleet.called_back[1])
     fleet.assert_idle()
-    assert fleet.dispatcher.queue_depths() == {"policy": 0}
+    assert fleet.dispatcher.queue_depths() == {("policy", "m"): 0}
 
 
 def test_urgent_requests_go_first():
@@ -283,9 +283,46 @@ def test_hopeless_requests_wait_behind_those_that_can_still_make_it():
 def test_a_request_for_a_pool_at_zero_waits_for_its_first_worker():
     fleet = Fleet(config(pools=[pool(workers=0, scales_to_zero=True)]))
     held = fleet.held()
-    assert fleet.dispatcher.queue_depths() == {"policy": 1}
+    assert fleet.dispatcher.queue_depths() == {("policy", "m"): 1}
     fleet.dispatcher.set_endpoints("pool", [WorkerEndpoint("w", "http://127.0.0.1:9")])
     assert fleet.called_back[0].request_id == held.arrival.request_id
+
+
+def test_the_first_pool_asleep_is_to_be_woken_while_a_request_waits_that_nobody_else_can_take():
+    asleep = [pool("a", 0, scales_to_zero=True), pool("b", 0, scales_to_zero=True), pool("c", 0)]
+    fleet = Fleet(config(policy(pools=("c", "b", "a")), pools=asleep))
+    assert fleet.dispatcher.pools_to_wake() == []
+    held = fleet.held()
+    assert fleet.dispatcher.pools_to_wake() == ["b"]
+    fleet.dispatcher.cancel(held)
+    assert fleet.dispatcher.pools_to_wake() == []
+    fleet.held()
+    fleet.dispatcher.set_endpoints("b", [WorkerEndpoint("w", "http://127.0.0.1:9", ready=False)])
+    assert fleet.dispatcher.pools_to_wake() == ["b"]
+    fleet.dispatcher.set_endpoints("b", [WorkerEndpoint("w", "http://127.0.0.1:9")])
+    assert fleet.dispatcher.pools_to_wake() == []
+
+
+def test_a_request_held_by_busy_workers_wakes_nothing():
+    pools = [pool("awake", 1), pool("asleep", 0, scales_to_zero=True)]
+    busy = policy(pools=("awake", "asleep"), admission=BUSY)
+    fleet = Fleet(config(busy, pools=pools))
+    fleet.sent()
+    fleet.held()
+    assert fleet.dispatcher.pools_to_wake() == []
+
+
+def test_the_predicted_ttft_of_a_pool_grows_with_its_backlog_and_shrinks_with_what_is_cached():
+    fleet = Fleet(config(pools=[pool(workers=1), pool("none", 0)]))
+    ttft = fleet.dispatcher.predicted_ttft_s
+    idle = ttft("pool", 0.0)
+    assert 0 < ttft("pool", 0.9) < idle
+    assert 0 < ttft("none", 0.0) <= idle
+    fleet.sent(request(8000))
+    busy = ttft("pool", 0.0)
+    assert busy > idle
+    fleet.now += 1000.0
+    assert idle <= ttft("pool", 0.0) < busy
 
 
 def test_no_worker_at_all_is_503_with_retry_after():
@@ -516,7 +553,7 @@ def test_held_requests_that_nobody_takes_any_more_are_refused():
     fleet.held()
     fleet.dispatcher.configure(config(policy(models=["x"]), pools=[pool(model="x")]))
     assert [refusal.code for refusal in fleet.called_back] == ["model_not_found"]
-    assert fleet.dispatcher.queue_depths() == {"policy": 0}
+    assert fleet.dispatcher.queue_depths() == {("policy", "x"): 0}
 
 
 @pytest.mark.parametrize(

@@ -238,7 +238,8 @@ class DispatcherMachine(RuleBasedStateMachine):
         depths = dispatcher.queue_depths()
         assert sum(depths.values()) == len(self.held)
         for served in dispatcher.config.policies:
-            assert depths[served.name] <= served.admission.max_queue
+            held = sum(depth for (policy, _), depth in depths.items() if policy == served.name)
+            assert held <= served.admission.max_queue
         caches = [worker.cache for worker in dispatcher.workers()]
         assert all(len(cache) <= cache.capacity_blocks for cache in caches)
         assert dispatcher.indexed_blocks <= sum(len(cache) for cache in caches)

@@ -10,6 +10,7 @@ import asyncio
 import copy
 import re
 import ssl
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,10 @@ class Call:
     path: str
     query: dict[str, str]
     token: str
+    method: str = "GET"
+    length: int = 0
+    body: bytes = b""
+    at: float = field(default_factory=time.monotonic)
 
     @property
     def watch(self) -> bool:
@@ -115,6 +120,8 @@ class FakeApi:
     _history: list[tuple[int, str, str, Manifest]] = field(default_factory=list)
     _version: int = 100
     _forgotten: int = 0
+    scales: dict[str, Manifest] = field(default_factory=dict)
+    """By the path of the subresource."""
     scripts: list[tuple[str, bool, Behaviour]] = field(default_factory=list)
     _server: asyncio.Server | None = None
     _writers: set[asyncio.StreamWriter] = field(default_factory=set)
@@ -203,7 +210,9 @@ class FakeApi:
         try:
             while not writer.is_closing():
                 head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
-                await self._answer(_call(head), reader, writer)
+                call = _call(head)
+                call.body = await reader.readexactly(call.length)
+                await self._answer(call, reader, writer)
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:
@@ -219,6 +228,8 @@ class FakeApi:
                 return
         if call.token not in self.tokens:
             _reply(writer, 401, {"kind": "Status", "code": 401, "message": "Unauthorized"})
+        elif call.path.endswith("/scale"):
+            self._answer_scale(call, writer)
         elif not call.watch:
             self.answer_list(call, writer)
         elif int(call.query["resourceVersion"]) < self._forgotten:
@@ -233,6 +244,29 @@ class FakeApi:
         if start + limit < len(items):
             metadata["continue"] = str(start + limit)
         _reply(writer, 200, {"metadata": metadata, "items": items[start : start + limit]})
+
+    def _answer_scale(self, call: Call, writer: asyncio.StreamWriter) -> None:
+        """As autoscaling/v1 has it: no replicas are not mentioned."""
+        scale = self.scales.get(call.path)
+        if scale is None:
+            _reply(writer, 404, {"kind": "Status", "code": 404, "message": "not found"})
+            return
+        if call.method == "PATCH":
+            patch = orjson.loads(call.body)
+            if patch["metadata"]["resourceVersion"] != scale["metadata"]["resourceVersion"]:
+                _reply(writer, 409, {"kind": "Status", "code": 409, "message": "the object has been modified"})
+                return
+            scale = self.put_scale(call.path, patch["spec"]["replicas"])
+        _reply(writer, 200, scale)
+
+    def put_scale(self, path: str, replicas: int) -> Manifest:
+        self._version += 1
+        metadata = {"name": path.split("/")[-2], "resourceVersion": str(self._version)}
+        self.scales[path] = {"metadata": metadata, "spec": {"replicas": replicas} if replicas else {}}
+        return self.scales[path]
+
+    def replicas(self, path: str) -> int:
+        return int(self.scales[path]["spec"].get("replicas", 0))
 
     async def _watch(self, call: Call, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         watch = Watch(call, writer)
@@ -259,7 +293,8 @@ def _call(head: str) -> Call:
     target = urlsplit(line.split(" ")[1])
     headers = {name.lower(): value.strip() for name, _, value in (text.partition(":") for text in lines if text)}
     token = headers.get("authorization", "").removeprefix("Bearer ")
-    return Call(target.path, dict(parse_qsl(target.query)), token)
+    length = int(headers.get("content-length", "0"))
+    return Call(target.path, dict(parse_qsl(target.query)), token, line.split(" ")[0], length)
 
 
 def _selected(call: Call, item: Manifest) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from fake_api import QUICK, FakeApi
 from scripted import Bench, chat_body, fleet, post
 
-from kvfleet_api.fleetconfig import FleetConfig
+from kvfleet_api.fleetconfig import FleetConfig, PoolConfig
 from kvfleet_router.app import RouterApp
 from kvfleet_router.core.dispatcher import WorkerEndpoint
 from kvfleet_router.io.config_source import ConfigRejected
@@ -59,6 +59,9 @@ class Recorder:
 
     def reject_config(self, reason: str) -> None:
         self.rejected.append(reason)
+
+    def pools_to_wake(self) -> Sequence[PoolConfig]:
+        return ()
 
 
 class Cluster:

@@ -139,6 +139,8 @@ async def test_the_exposition_is_valid_and_names_are_the_documented_ones(bench: 
         "predicted_ttft_seconds": "gauge",
         "ttft_prediction_error_seconds": "histogram",
         "workers": "gauge",
+        "worker_in_flight": "gauge",
+        "worker_cached_tokens": "gauge",
         "pack_target_sequences": "gauge",
         "config_info": "gauge",
         "config_errors": "counter",
