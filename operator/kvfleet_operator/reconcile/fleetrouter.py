@@ -38,7 +38,7 @@ def children(given: RouterInput) -> Plan:
     router = given.router
     around = [
         routerpods.service_account(router),
-        *routerpods.permissions(router),
+        *routerpods.permissions(router, given.fleet.config),
         routerpods.config_map(router, given.fleet.config),
         routerpods.service(router),
         routerpods.disruption_budget(router),

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from kvfleet_api import API_VERSION
 from kvfleet_api.common import Resource
-from kvfleet_api.compile import workers_service_name
+from kvfleet_api.compile import lws_name, workers_service_name
 
 MANAGER: Final = "kvfleet-operator"
 """Field manager of everything the operator applies, and the value of `app.kubernetes.io/managed-by`."""
@@ -59,7 +59,7 @@ def label_value(text: str) -> str:
 
 def pool_workload(pool: str, *, multi_node: bool) -> str:
     """Name of a pool's Deployment or LeaderWorkerSet. They differ: a LeaderWorkerSet makes a Service of its own name."""
-    return bounded(pool, "-lws") if multi_node else workers_service_name(pool)
+    return lws_name(pool) if multi_node else workers_service_name(pool)
 
 
 def pool_selector(pool: str) -> dict[str, str]:

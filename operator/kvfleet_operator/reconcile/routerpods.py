@@ -51,14 +51,15 @@ def service_account(router: FleetRouter) -> Manifest:
     return _child(router, "v1", "ServiceAccount", {"automountServiceAccountToken": False})
 
 
-def permissions(router: FleetRouter) -> list[Manifest]:
-    """What a router may do: read its own ConfigMap and the EndpointSlices of its namespace, nothing else."""
+def permissions(router: FleetRouter, config: FleetConfig) -> list[Manifest]:
+    """What a router may do: read its own ConfigMap and the EndpointSlices of its namespace, wake pools at zero, nothing else."""
     name, namespace = names.bounded(router.metadata.name), router.metadata.namespace or "default"
     read = ["get", "list", "watch"]
-    rules = [
+    rules: list[dict[str, Any]] = [
         {"apiGroups": [""], "resources": ["configmaps"], "resourceNames": [name], "verbs": read},
         {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": read},
     ]
+    rules += _waking(config)
     group = "rbac.authorization.k8s.io"
     binding = {
         "roleRef": {"apiGroup": group, "kind": "Role", "name": name},
@@ -68,6 +69,18 @@ def permissions(router: FleetRouter) -> list[Manifest]:
         _child(router, f"{group}/v1", "Role", {"rules": rules}),
         _child(router, f"{group}/v1", "RoleBinding", binding),
     ]
+
+
+def _waking(config: FleetConfig) -> list[dict[str, Any]]:
+    """The scale of exactly the workloads that may be at zero."""
+    targets = [pool.wake_target.split("/") for pool in config.pools if pool.wake_target]
+    rules: list[dict[str, Any]] = []
+    for group, plural in (("apps", "deployments"), ("leaderworkerset.x-k8s.io", "leaderworkersets")):
+        workloads = sorted(name for kind, name in targets if kind == plural)
+        if workloads:
+            resources, verbs = [f"{plural}/scale"], ["get", "patch"]
+            rules.append({"apiGroups": [group], "resources": resources, "resourceNames": workloads, "verbs": verbs})
+    return rules
 
 
 def service(router: FleetRouter) -> Manifest:
