@@ -268,19 +268,42 @@ def operator(
     kubeconfig: Annotated[str | None, typer.Option(help="Outside a cluster: path of a kubeconfig.")] = None,
     context: Annotated[str | None, typer.Option(help="Context of the kubeconfig. Default: its current one.")] = None,
     resync_seconds: Annotated[float, typer.Option(min=1, help="Every object is looked at again this often.")] = 300.0,
+    prometheus_url: Annotated[
+        str | None, typer.Option(help="Where the autoscaler reads its signals. Default: from the routers themselves.")
+    ] = None,
+    prometheus_token_file: Annotated[
+        Path | None, typer.Option(help="File with the bearer token for Prometheus, read anew each time.")
+    ] = None,
+    prometheus_ca_file: Annotated[
+        Path | None, typer.Option(help="Certificates to trust at Prometheus instead of the system's.")
+    ] = None,
+    autoscaling_seconds: Annotated[float, typer.Option(min=1, help="Autoscaled pools are judged this often.")] = 15.0,
+    gpu_budget: Annotated[
+        int | None, typer.Option(min=0, help="GPUs that all autoscaled pools together may grow to.")
+    ] = None,
+    watt_budget: Annotated[
+        float | None, typer.Option(min=0, help="Watts that all autoscaled pools together may grow to.")
+    ] = None,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
-    """Reconcile ModelPools, RoutingPolicies, FleetRouters and AcceleratorProfiles in a cluster.
+    """Reconcile ModelPools, RoutingPolicies, FleetRouters and AcceleratorProfiles in a cluster, and scale pools.
 
-    Examples: `kvfleet operator` · `kvfleet operator -n inference --resync-seconds 60`
+    Examples: `kvfleet operator` · `kvfleet operator -n inference --prometheus-url http://prometheus:9090`
     """
     import logging
 
+    from kvfleet.scaling import prometheus_settings, scaler_options
     from kvfleet_operator.main import OperatorOptions, run_operator
 
     logging.basicConfig(level=_log_level(log_level), format=LOG_FORMAT)
+    try:
+        prometheus = prometheus_settings(prometheus_url, prometheus_token_file, prometheus_ca_file)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     options = OperatorOptions(
         namespaces=tuple(namespace or ()),
+        scaling=scaler_options(autoscaling_seconds, gpu_budget, watt_budget),
+        prometheus=prometheus,
         metrics_port=metrics_port,
         lease_name=lease_name,
         resync_s=resync_seconds,
@@ -405,19 +428,41 @@ def crds(
 @app.command()
 def explain(
     decision: Annotated[
-        str | None, typer.Argument(help="Decision id (header x-kvfleet-decision). Default: the latest.")
+        str | None,
+        typer.Argument(help="Decision id (header x-kvfleet-decision), or `pool`. Default: the latest decision."),
     ] = None,
+    name: Annotated[str | None, typer.Argument(help="With `pool`: the ModelPool.")] = None,
     url: Annotated[str, typer.Option(help="Admin address of the router.")] = "http://127.0.0.1:9090",
     limit: Annotated[int, typer.Option("-n", min=1, max=100, help="How many of the latest.")] = 1,
+    namespace: Annotated[str | None, typer.Option(help="Of the pool. Default: the kubeconfig's.")] = None,
+    kubeconfig: Annotated[
+        Path | None,
+        typer.Option(help="With `pool`: where the cluster is. Default: KUBECONFIG, ~/.kube/config, the pod's."),
+    ] = None,
+    context: Annotated[str | None, typer.Option(help="Context of the kubeconfig. Default: its current one.")] = None,
 ) -> None:
-    """Why did this request go there? Candidates, what each would have cost, prediction and outcome.
+    """Why did this request go there? Candidates, what each would have cost, prediction and outcome. Or, with `pool NAME`:
+    why has this pool so many workers?
 
-    Examples: `kvfleet explain` · `kvfleet explain -n 5` · `kvfleet explain 1f3a-27 --url http://router:9090`
+    Examples: `kvfleet explain` · `kvfleet explain -n 5` · `kvfleet explain 1f3a-27 --url http://router:9090` · `kvfleet explain pool llama-8b --namespace prod`
     """
     import httpx
 
     from kvfleet.explain import explain_decision
 
+    if decision == "pool":
+        from kvfleet.explain_pool import PoolError, explain_pool, read_pool
+
+        if not name:
+            raise UsageError("which pool? Give its name: kvfleet explain pool NAME")
+        try:
+            pool = asyncio.run(read_pool(name, namespace, kubeconfig, context))
+        except PoolError as error:
+            raise UsageError(str(error)) from error
+        Console().print(explain_pool(pool))
+        return
+    if name is not None:
+        raise UsageError(f"{name}: only `kvfleet explain pool NAME` takes a name: leave it out")
     path = f"/decisions/{decision}" if decision else f"/decisions?limit={limit}"
     try:
         answer = httpx.get(url.rstrip("/") + path, timeout=10.0)
