@@ -22,6 +22,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -185,8 +186,10 @@ def main() -> None:
     arguments = parser.parse_args()
     print(f"Python {platform.python_version()}, {platform.machine()}; strategy {arguments.strategy}")
     if arguments.memory:
-        for workers in arguments.workers:
-            memory(workers, arguments.distinct_blocks)
+        for workers in arguments.workers:  # a process each: memory freed by one would hide what the next one takes
+            process = get_context("spawn").Process(target=memory, args=(workers, arguments.distinct_blocks))
+            process.start()
+            process.join()
         return
     print(f"CPU microseconds, minimum / median of {arguments.repeats}\n")
     print(f"| workers | prompt | {' | '.join(STEPS)} |\n| --- | --- |{' --- |' * len(STEPS)}")

@@ -20,7 +20,7 @@ Match = list[tuple[int, int]]
 """(mask of workers, leading blocks they hold), every worker in at most one mask, fewest blocks first."""
 
 MAX_TOTAL_BLOCKS = 4_000_000
-"""Blocks indexed over all workers (a block on two workers counts twice): about 0.6 GB at the very worst."""
+"""Blocks indexed over all workers (a block on two workers counts twice): some 600 MB; few fleets come near."""
 MIN_CAPACITY_BLOCKS = 64
 EVICTION_PART = 64
 """One eviction frees this part of the capacity."""
