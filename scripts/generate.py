@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import chart
+import dashboards
 
 from kvfleet_api import apidocs, schema
 
@@ -26,6 +27,7 @@ GENERATORS: tuple[Outputs, ...] = (
     lambda: {Path("crds") / name: text for name, text in schema.all_crds().items()},
     lambda: {Path("docs/api.md"): apidocs.markdown()},
     chart.outputs,
+    dashboards.outputs,
 )
 """Each gives paths below the repository's root with what should be in them."""
 
