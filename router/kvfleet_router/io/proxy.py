@@ -79,7 +79,8 @@ class Proxy:
         self._speed = speed
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
-        self._tick_timer: asyncio.TimerHandle | None = None
+        self._tick_timer: asyncio.Handle | None = None
+        self._tick_at = 0.0
 
     def handle(self, request: Request, connection: ClientConnection) -> None:
         if request.path in PROXIED_PATHS and request.method == b"POST":
@@ -122,13 +123,14 @@ class Proxy:
         self._schedule(MAX_TICK_S if wanted_s is None else wanted_s / self._speed)
 
     def _schedule(self, delay_s: float) -> None:
-        when = self._loop.time() + min(max(delay_s, _MIN_TICK_S), MAX_TICK_S)
-        timer = self._tick_timer
-        if timer is not None:
-            if timer.when() <= when:
+        """Tick then, unless a tick comes earlier."""
+        at = self._loop.time() + min(max(delay_s, _MIN_TICK_S), MAX_TICK_S)
+        if self._tick_timer is not None:
+            if self._tick_at <= at:
                 return
-            timer.cancel()
-        self._tick_timer = self._loop.call_at(when, self._tick)
+            self._tick_timer.cancel()
+        self._tick_at = at
+        self._tick_timer = self._loop.call_at(at, self._tick)
 
     async def close(self) -> None:
         if self._tick_timer is not None:

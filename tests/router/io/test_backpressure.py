@@ -8,6 +8,7 @@ from scripted import STREAM_END, STREAM_HEAD, Bench, Seen, answer_ok, chat_body,
 
 from kvfleet_router.app import RouterApp
 from kvfleet_router.io import connection as connection_module
+from kvfleet_router.io import proxy as proxy_module
 from kvfleet_router.io.upstream import Origin, UpstreamConnection
 
 MIB = 1 << 20
@@ -163,6 +164,54 @@ async def test_a_full_queue_sheds_with_retry_after(bench: Bench) -> None:
     may_answer.set()
     for client in clients:
         assert (await client.answer()).status == 200
+
+
+async def test_many_requests_held_at_once_are_all_answered(bench: Bench) -> None:
+    """Every one asks the dispatcher's clockwork to be looked at soon, some for no later than now."""
+    worker = await bench.worker()
+    router = await bench.router(worker, max_in_flight_per_worker=1)
+    clients = [await bench.client(router) for _ in range(50)]
+    for _ in range(3):
+        for client in clients:
+            client.writer.write(post(chat_body()))
+        assert {(await client.answer()).status for client in clients} == {200}
+    assert len(worker.requests) == 150
+
+
+@pytest.mark.parametrize("delays_s", [(0.0, 0.0), (0.2, 0.0), (0.0, 0.2), (0.0001, 0.0004, 0.0)])
+async def test_ticks_come_at_the_earliest_time_asked_for(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, delays_s: tuple[float, ...]
+) -> None:
+    monkeypatch.setattr(proxy_module, "_MIN_TICK_S", 0.0)  # a busy loop is late for a millisecond: then it is "now"
+    router = await bench.router(await bench.worker())
+    ticks = 0
+
+    def tick() -> None:
+        nonlocal ticks
+        ticks += 1
+
+    router.dispatcher.tick = tick  # type: ignore[method-assign]
+    for delay_s in delays_s:
+        router.proxy._schedule(delay_s)
+    start = asyncio.get_running_loop().time()
+    await eventually(lambda: ticks)
+    assert asyncio.get_running_loop().time() - start < 0.15
+
+
+async def test_a_tick_that_fails_is_not_the_last(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    router = await bench.router(await bench.worker())
+    tick, failures = router.dispatcher.tick, 0
+
+    def failing() -> float | None:
+        nonlocal failures
+        failures += 1
+        if failures < 3:
+            raise RuntimeError("a fault")
+        return tick()
+
+    router.dispatcher.tick = failing  # type: ignore[method-assign]
+    await eventually(lambda: failures >= 3)
+    assert "a tick failed" in caplog.text
 
 
 async def test_a_request_for_a_pool_at_zero_waits_for_its_first_worker(bench: Bench) -> None:
