@@ -1,33 +1,46 @@
 """Which configuration each router replica serves with: asked from the replicas themselves.
 
-A router exports `kvfleet_router_config_info{revision="…"} 1` at its admin port. Replicas that do not yet say what they
-should are asked every `EAGER_S`, the others now and then. What they say goes into the world; conditions follow from it.
-Routers need no permission to write anything for this, and serve on when nobody asks.
+A router answers `GET /loaded` at its admin port:
+
+    {"revision": "…", "policies": {"chat": {"generation": 3, "revision": "…"}, …}, "refused": null or a reason}
+
+Replicas that do not yet say what they should are asked every `EAGER_S`, the others now and then. What they say goes into
+the world; conditions follow from it. Routers need no permission to write anything for this, and serve on when nobody asks.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Annotated, Final
 
 import httpx
+from pydantic import BaseModel, Field, ValidationError
 
 from kvfleet_api.fleetrouter import FleetRouter
+from kvfleet_operator.exchange import NoAnswer, base_url, exchange
+from kvfleet_operator.reconcile.routingpolicy import Loaded
 from kvfleet_operator.world import World
 
 logger = logging.getLogger(__name__)
 EAGER_S: Final = 2.0
 CALM_S: Final = 30.0
 TIMEOUT_S: Final = 2.0
-MAX_BYTES: Final = 4 * 2**20
+MAX_BYTES: Final = 2**20
 PARALLEL: Final = 32
-_REVISION = re.compile(
-    r'^kvfleet_router_config_info\{[^}]*\brevision="([0-9a-f]{1,64})"[^}]*\} 1(?:\.0)?$', re.MULTILINE
-)
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{1,64}$")]
+
+
+class _LoadedPolicy(BaseModel):
+    revision: Digest
+
+
+class _Answer(BaseModel):
+    revision: Digest
+    policies: dict[str, _LoadedPolicy]
+    refused: Annotated[str, Field(max_length=1000)] | None
 
 
 class Reports:
@@ -44,7 +57,7 @@ class Reports:
         """`on_report(namespace)` is called when a replica of the namespace says something new."""
         self._world = world
         self._on_report = on_report
-        self._client = client or httpx.AsyncClient(timeout=TIMEOUT_S, trust_env=False)
+        self._client = client or httpx.AsyncClient(trust_env=False)
         self._eager_s = eager_s
         self._calm_s = calm_s
         self._clock = clock
@@ -78,31 +91,29 @@ class Reports:
 
     def _due(self, replica: tuple[str, str], wanted: str) -> bool:
         asked = self._asked.get(replica)
-        if asked is None or self._world.reports.get(replica) != wanted:
+        known = self._world.reports.get(replica)
+        if asked is None or known is None or known.revision != wanted:
             return True
         return self._clock() - asked >= self._calm_s
 
     async def _ask(self, router: FleetRouter, pod: str, ip: str) -> None:
         replica = (router.metadata.namespace or "default", pod)
         self._asked[replica] = self._clock()
-        host = f"[{ip}]" if ":" in ip else ip
         async with self._limit:
-            revision = await self._revision(f"http://{host}:{router.spec.admin_port}/metrics")
-        if revision is not None and self._world.reports.get(replica) != revision:
-            self._world.reports[replica] = revision
+            loaded = await self._loaded(f"{base_url(ip, router.spec.admin_port)}/loaded")
+        if loaded is not None and self._world.reports.get(replica) != loaded:
+            self._world.reports[replica] = loaded
             self._on_report(replica[0])
 
-    async def _revision(self, url: str) -> str | None:
+    async def _loaded(self, url: str) -> Loaded | None:
         """What the replica says, or None where it says nothing."""
         try:
-            async with self._client.stream("GET", url) as response:
-                body = bytearray()
-                async for chunk in response.aiter_bytes():
-                    body += chunk
-                    if len(body) > MAX_BYTES:
-                        return None
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            logger.debug("%s: %s", url, error or type(error).__name__)
+            status, body = await exchange(self._client, "GET", url, timeout_s=TIMEOUT_S, max_bytes=MAX_BYTES)
+            answer = _Answer.model_validate_json(body) if status == 200 else None
+        except (NoAnswer, ValidationError) as error:
+            logger.debug("%s: %s", url, error)
             return None
-        found = _REVISION.search(body.decode(errors="replace")) if response.status_code == 200 else None
-        return found[1] if found else None
+        if answer is None:
+            return None
+        policies = {name: policy.revision for name, policy in answer.policies.items()}
+        return Loaded(answer.revision, policies, answer.refused or "")

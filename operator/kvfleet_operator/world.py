@@ -24,6 +24,7 @@ from kvfleet_operator.reconcile import names
 from kvfleet_operator.reconcile.adapters import WorkerAdapters
 from kvfleet_operator.reconcile.dependents import Key, key_of
 from kvfleet_operator.reconcile.plan import Manifest, kind_name
+from kvfleet_operator.reconcile.routingpolicy import Loaded
 from kvfleet_operator.resources import pod_address, ready_since
 
 Parsed = Resource | list[FieldProblem]
@@ -49,8 +50,8 @@ class World:
         self._parsed: dict[Key, Parsed] = {}
         self._fleets: dict[tuple[str, str | None], CompiledFleet] = {}
         self._gone: dict[str, int] = {}
-        self.reports: dict[tuple[str, str], str] = {}
-        """(namespace, router pod) → the configuration revision it says it serves with."""
+        self.reports: dict[tuple[str, str], Loaded] = {}
+        """(namespace, router pod) → what it says it serves with."""
         self.adapters: dict[tuple[str, str], WorkerAdapters] = {}
         """(namespace, worker) → its adapters, as it was last asked."""
         self._pods: dict[tuple[str | None, str, str], dict[str, Manifest]] = {}
@@ -145,8 +146,8 @@ class World:
     def _pods_of(self, label: str, owner: Resource) -> dict[str, Manifest]:
         return self._pods.get((owner.metadata.namespace, label, names.label_value(owner.metadata.name)), {})
 
-    def replicas(self, router: FleetRouter) -> dict[str, str | None]:
-        """Ready replica → the revision it reported."""
+    def replicas(self, router: FleetRouter) -> dict[str, Loaded | None]:
+        """Ready replica → what it reported."""
         namespace = router.metadata.namespace or "default"
         return {pod: self.reports.get((namespace, pod)) for pod in self.router_pods(router)}
 

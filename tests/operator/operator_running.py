@@ -5,8 +5,10 @@ import contextlib
 
 import kmock
 
+from kvfleet_api.fleetconfig import FleetConfig
 from kvfleet_operator.main import Operator, OperatorOptions
 from kvfleet_operator.resources import WATCHED
+from kvfleet_router.io.loaded import Loaded
 
 
 @contextlib.asynccontextmanager
@@ -80,12 +82,13 @@ async def poll(check):
 
 
 @contextlib.asynccontextmanager
-async def replica(port, revision):
-    """A router replica's admin port that serves with `revision()`."""
+async def replica(port, cluster):
+    """A router replica's admin port; the replica serves with whatever its ConfigMap holds, and says so as a real one does."""
 
     async def serve(reader, writer):
         await reader.readuntil(b"\r\n\r\n")
-        body = f'kvfleet_router_config_info{{revision="{revision()}"}} 1\n'.encode()
+        text = cluster.get("ConfigMap", "router")["data"]["fleet.json"]
+        body = Loaded(FleetConfig.model_validate_json(text)).to_json()
         writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
         await writer.drain()
         writer.close()

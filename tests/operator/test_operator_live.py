@@ -160,7 +160,7 @@ async def test_policies_are_programmed_when_the_replicas_say_so(cluster, login, 
         await cluster.until(lambda: cluster.get("Deployment", "router"))
         cluster.roll_out("router")
         await cluster.until(lambda: reason(cluster, "RoutingPolicy", "policy", "Programmed") == "NoRouterReady")
-        async with replica(unused_tcp_port, lambda: cluster.get("FleetRouter", "router")["status"]["revision"]):
+        async with replica(unused_tcp_port, cluster):
             cluster.put(make.router_pod())
             await cluster.until(
                 lambda: ready(cluster, "RoutingPolicy", "policy") and ready(cluster, "FleetRouter", "router")
@@ -176,7 +176,7 @@ async def test_policies_are_programmed_when_the_replicas_say_so(cluster, login, 
 
 
 async def test_a_restart_in_a_settled_cluster_writes_nothing_but_the_lease(cluster, login, make, unused_tcp_port):
-    async with replica(unused_tcp_port, lambda: cluster.get("FleetRouter", "router")["status"]["revision"]):
+    async with replica(unused_tcp_port, cluster):
         async with running(login) as operator:
             await settled_pool(operator, cluster, make)
             cluster.put(make.policy())

@@ -1,12 +1,14 @@
 """What watches missed, and what the router replicas say: both end up in the world."""
 
 import asyncio
+import json
 
 import httpx
 import pytest
 
 from kvfleet_operator.api import ApiError
 from kvfleet_operator.reconcile.dependents import Key
+from kvfleet_operator.reconcile.routingpolicy import Loaded
 from kvfleet_operator.reports import MAX_BYTES, Reports
 from kvfleet_operator.resources import POOL, WATCHED
 from kvfleet_operator.resync import Resync
@@ -170,25 +172,27 @@ def reports(world, clock):
     return found
 
 
-def info(revision):
-    labels = f'name="router",revision="{revision}"'
-    return 200, f"# HELP x\nother 1\nkvfleet_router_config_info{{{labels}}} 1.0\n"
+def says(revision, policies=None, refused=None):
+    return 200, json.dumps({"revision": revision, "policies": policies or {}, "refused": refused})
 
 
 async def test_replicas_are_asked_at_their_admin_port_and_believed(reports, world, fleet):
-    reports.answers |= {"10.0.0.1": info(fleet), "fd00::1": info("0ff")}
+    policies = {"chat": {"generation": 3, "revision": "c4a7"}}
+    reports.answers |= {"10.0.0.1": says(fleet, policies), "fd00::1": says("0ff", refused="strategy")}
     await reports.poll()
-    assert sorted(reports.asked) == ["http://10.0.0.1:9090/metrics", "http://[fd00::1]:9090/metrics"]
-    assert world.reports == {("default", "a"): fleet, ("default", "b"): "0ff"}
+    assert sorted(reports.asked) == ["http://10.0.0.1:9090/loaded", "http://[fd00::1]:9090/loaded"]
+    assert world.reports == {
+        ("default", "a"): Loaded(fleet, {"chat": "c4a7"}), ("default", "b"): Loaded("0ff", {}, "strategy"),
+    }  # fmt: skip
     assert reports.told == ["default", "default"]
 
 
 async def test_only_who_is_behind_is_asked_eagerly(reports, fleet, clock):
-    reports.answers |= {"10.0.0.1": info(fleet), "fd00::1": info("0ff")}
+    reports.answers |= {"10.0.0.1": says(fleet), "fd00::1": says("0ff")}
     await reports.poll()
     reports.asked.clear()
     await reports.poll()
-    assert reports.asked == ["http://[fd00::1]:9090/metrics"]
+    assert reports.asked == ["http://[fd00::1]:9090/loaded"]
     reports.asked.clear()
     clock.now += 31
     await reports.poll()
@@ -200,11 +204,15 @@ async def test_only_who_is_behind_is_asked_eagerly(reports, fleet, clock):
     "answer",
     [
         (500, "x"),
-        (404, info("abc")[1]),
-        (200, 'kvfleet_router_config_info{revision="abc"} 0\n'),
-        (200, 'kvfleet_router_config_info{revision="not hex"} 1\n'),
-        (200, "x" * (MAX_BYTES + 1) + info("abc")[1]),
+        (404, says("abc")[1]),
+        (200, "{}"),
+        (200, says("not hex")[1]),
+        (200, says("abc", {"chat": {"revision": "not hex"}})[1]),
+        (200, says("abc", {"chat": 1})[1]),
+        (200, says("abc", refused="x" * 1001)[1]),
+        (200, " " * (MAX_BYTES + 1) + says("abc")[1]),
         (200, "\xff\x00"),
+        (200, "[" * 100_000),
     ],
 )
 async def test_what_is_no_report_is_not_believed(reports, world, fleet, answer):

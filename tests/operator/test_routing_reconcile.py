@@ -8,7 +8,7 @@ from kvfleet_api.compile import compile_fleet
 from kvfleet_operator.reconcile import acceleratorprofile, fleetrouter, routingpolicy
 from kvfleet_operator.reconcile.names import label_value
 from kvfleet_operator.reconcile.plan import Applied
-from kvfleet_operator.reconcile.routingpolicy import RouterView
+from kvfleet_operator.reconcile.routingpolicy import Loaded, RouterView
 
 NOW = "2026-01-01T00:00:00Z"
 
@@ -19,25 +19,43 @@ def fleet_of(make, pools=("llama",), policies=(), router=None):
 
 
 def policy_conditions(make, policy, routers, pools=("llama",), others=()):
+    """`routers`: pods of each router → what is `serve`d there: CURRENT, OLD, or a Loaded, or None."""
     policy = make.parse(policy)
     others = [make.parse(other) for other in others]
     fleet = fleet_of(make, pools, [policy, *others])
     problems = [p for p in fleet.problems if p.name == policy.metadata.name]
-    compiled = policy.metadata.name in {config.name for config in fleet.config.policies}
-    status = routingpolicy.status(policy, problems, compiled, routers, NOW)
+    written = {config.name: config for config in fleet.config.policies}
+    current = Loaded(fleet.config.revision, {name: config.revision for name, config in written.items()})
+    stands = {CURRENT: current, OLD: Loaded("0ff", dict.fromkeys(written, "0ff"))}
+    views = [
+        RouterView(
+            f"router-{number}",
+            current.revision,
+            {pod: stands[say] if isinstance(say, str) else say for pod, say in pods.items()},
+            written,
+        )
+        for number, pods in enumerate(routers)
+    ]
+    status = routingpolicy.status(policy, problems, policy.metadata.name in written, views, NOW)
     return {c["type"]: (c["status"], c["reason"]) for c in status["conditions"]}, status
 
 
-SERVING = RouterView("router", "abc", {"router-0": "abc", "router-1": "abc"})
+CURRENT, OLD = "serves with what was written", "serves with what was written before"
+SERVING = {"router-0": CURRENT, "router-1": CURRENT}
 
 
 def test_a_policy_served_by_every_replica_is_ready(make):
-    conditions, status = policy_conditions(make, make.policy(metadata={"generation": 4}), [SERVING])
+    policy = make.policy(metadata={"generation": 4})
+    conditions, status = policy_conditions(make, policy, [SERVING])
     assert conditions == {
         "Accepted": ("True", "Accepted"), "ResolvedRefs": ("True", "ResolvedRefs"), "Conflicted": ("False", "NoConflict"),
         "Programmed": ("True", "Programmed"), "Ready": ("True", "Ready"),
     }  # fmt: skip
-    assert status["programmedBy"] == [{"pod": "router-0", "revision": "abc"}, {"pod": "router-1", "revision": "abc"}]
+    (message,) = [c["message"] for c in status["conditions"] if c["type"] == "Programmed"]
+    assert message == "2 of 2 router replicas serve with generation 4"
+    first, second = status["programmedBy"]
+    assert (first["pod"], second["pod"]) == ("router-0", "router-1")
+    assert first["revision"] == second["revision"] == fleet_of(make, policies=[make.parse(policy)]).config.revision
     assert {c["observedGeneration"] for c in status["conditions"]} == {4}
 
 
@@ -45,16 +63,34 @@ def test_a_policy_served_by_every_replica_is_ready(make):
     ("routers", "programmed", "by"),
     [
         ([], ("False", "NoRouter"), []),
-        ([RouterView("router", "abc", {})], ("False", "NoRouterReady"), []),
-        ([RouterView("router", "abc", {"a": "abc", "b": "old"})], ("False", "Pending"), ["a"]),
-        ([RouterView("router", "abc", {"a": None})], ("False", "Pending"), []),
-        ([SERVING, RouterView("other", "xyz", {"c": "abc"})], ("False", "Pending"), ["router-0", "router-1"]),
+        ([{}], ("False", "NoRouterReady"), []),
+        ([{"a": CURRENT, "b": OLD}], ("False", "Pending"), ["a"]),
+        ([{"a": None}], ("False", "Pending"), []),
+        ([{"a": Loaded("0ff")}], ("False", "Pending"), []),
+        ([SERVING, {"c": OLD}], ("False", "Pending"), ["router-0", "router-1"]),
     ],
 )
 def test_programmed_needs_every_replica_of_every_router(make, routers, programmed, by):
     conditions, status = policy_conditions(make, make.policy(), routers)
     assert conditions["Programmed"] == conditions["Ready"] == programmed
     assert [entry["pod"] for entry in status["programmedBy"]] == by
+
+
+def test_a_policy_that_is_served_as_written_is_programmed_whatever_else_is_being_changed(make):
+    written = fleet_of(make, policies=[make.parse(make.policy())]).config.policies[0]
+    elsewhere = Loaded("0ff", {"policy": written.revision, "gone": "1"}, "policy other: strategy 'x' is unknown")
+    conditions, status = policy_conditions(make, make.policy(), [{"a": elsewhere, "b": CURRENT}])
+    assert (conditions["Programmed"], conditions["Ready"]) == (("True", "Programmed"), ("True", "Ready"))
+    assert status["programmedBy"][0] == {"pod": "a", "revision": "0ff"}
+
+
+def test_a_configuration_that_routers_refuse_is_told_with_their_words(make):
+    refusing = Loaded("0ff", {}, "policy policy: strategy 'x' is unknown: use one of a, b")
+    conditions, status = policy_conditions(make, make.policy(), [{"a": refusing, "b": CURRENT, "c": refusing}])
+    assert conditions["Programmed"] == ("False", "ConfigRefused")
+    (message,) = [c["message"] for c in status["conditions"] if c["type"] == "Programmed"]
+    assert "1 of 3 router replicas" in message
+    assert message.endswith("; a, c refused it: policy policy: strategy 'x' is unknown: use one of a, b")
 
 
 def test_a_missing_pool_is_tolerated_while_another_serves(make):
@@ -86,8 +122,9 @@ def test_the_losing_one_of_two_overlapping_policies_says_so(make):
 
 
 def router_input(make, replicas=None, **spec):
+    replicas = {pod: Loaded(say) if isinstance(say, str) else say for pod, say in (replicas or {}).items()}
     router = make.parse(make.router(metadata={"uid": "u", "generation": 2}, **spec))
-    return fleetrouter.RouterInput(router, fleet_of(make, router=router), replicas or {})
+    return fleetrouter.RouterInput(router, fleet_of(make, router=router), replicas)
 
 
 def deployment(ready=2, wanted=2):
@@ -108,6 +145,9 @@ def test_a_router_is_ready_when_its_replicas_serve_the_written_revision(make):
     assert (status["revision"], status["address"]) == (revision, "http://router.default.svc")
     behind, _ = router_conditions(router_input(make, {"a": revision, "b": "old"}), deployment())
     assert behind["Programmed"] == behind["Ready"] == ("False", "Pending")
+    refusing, status = router_conditions(router_input(make, {"a": Loaded("old", {}, "no good")}), deployment())
+    assert refusing["Programmed"] == refusing["Ready"] == ("False", "ConfigRefused")
+    assert "a refused it: no good" in next(c for c in status["conditions"] if c["type"] == "Programmed")["message"]
     starting, _ = router_conditions(router_input(make), deployment(ready=0))
     assert starting["Ready"] == ("False", "RollingOut")
 
@@ -130,10 +170,10 @@ def test_the_config_map_holds_the_compiled_fleet_and_no_pod_depends_on_it(make):
 def test_a_router_may_read_its_config_map_and_endpoint_slices_only(make):
     children = fleetrouter.children(router_input(make)).objects
     role = next(child for child in children if child["kind"] == "Role")
-    read = ["get", "list", "watch"]
+    follow = ["list", "watch"]
     assert role["rules"] == [
-        {"apiGroups": [""], "resources": ["configmaps"], "resourceNames": ["router"], "verbs": read},
-        {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": read},
+        {"apiGroups": [""], "resources": ["configmaps"], "resourceNames": ["router"], "verbs": follow},
+        {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": follow},
     ]
 
 

@@ -8,6 +8,7 @@ from operator_manifests import pool as pool_manifest
 from kvfleet_api.manifests import KINDS
 from kvfleet_operator.reconcile.dependents import Key, dependents
 from kvfleet_operator.reconcile.plan import Plan, kind_name, leftovers
+from kvfleet_operator.reconcile.routingpolicy import Loaded
 from kvfleet_operator.world import World
 
 
@@ -96,8 +97,8 @@ def test_only_ready_pods_of_the_router_count_as_replicas(world, make):
     leaving = at(make.router_pod("d"), 9, uid="d", deletionTimestamp="2026-01-01T00:00:00Z")
     world.put(leaving)
     assert world.router_pods(router) == {"a": "10.0.0.1"}
-    world.reports["default", "a"] = "abc"
-    assert world.replicas(router) == {"a": "abc"}
+    world.reports["default", "a"] = Loaded("abc")
+    assert world.replicas(router) == {"a": Loaded("abc")}
     world.remove(at(make.router_pod("a"), 10, uid="a"))
     assert world.reports == {}
 

@@ -20,7 +20,7 @@ from kvfleet_operator.reconcile import conditions, names, rollout, routerpods
 from kvfleet_operator.reconcile.conditions import Finding
 from kvfleet_operator.reconcile.plan import Applied, Plan, Rejection
 from kvfleet_operator.reconcile.podtemplate import TemplateError
-from kvfleet_operator.reconcile.routingpolicy import RouterView
+from kvfleet_operator.reconcile.routingpolicy import Loaded, RouterView, pending
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +29,8 @@ class RouterInput:
 
     router: FleetRouter
     fleet: CompiledFleet
-    replicas: Mapping[str, str | None]
-    """Ready replica → the revision it says it serves with."""
+    replicas: Mapping[str, Loaded | None]
+    """Ready replica → what it says it serves with; None: it has not said."""
 
 
 def children(given: RouterInput) -> Plan:
@@ -51,7 +51,9 @@ def children(given: RouterInput) -> Plan:
 
 def view(given: RouterInput) -> RouterView:
     """The router as its namespace's policies see it."""
-    return RouterView(given.router.metadata.name, given.fleet.config.revision, given.replicas)
+    config = given.fleet.config
+    policies = {policy.name: policy for policy in config.policies}
+    return RouterView(given.router.metadata.name, config.revision, given.replicas, policies)
 
 
 def status(given: RouterInput, applied: Applied, now: str) -> dict[str, Any]:
@@ -100,5 +102,5 @@ def _programmed(router: RouterView) -> Finding:
     if not replicas:
         return Finding("Programmed", "False", "NoneReady", "No replica is ready.")
     if current < replicas:
-        return Finding("Programmed", "False", "Pending", message)
+        return pending(message, router.refusals())
     return Finding("Programmed", "True", "Programmed", message)

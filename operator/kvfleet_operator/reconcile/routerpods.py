@@ -52,12 +52,12 @@ def service_account(router: FleetRouter) -> Manifest:
 
 
 def permissions(router: FleetRouter, config: FleetConfig) -> list[Manifest]:
-    """What a router may do: read its own ConfigMap and the EndpointSlices of its namespace, wake pools at zero, nothing else."""
+    """What a router may do: follow its own ConfigMap and the EndpointSlices of its namespace, wake pools at zero, nothing else."""
     name, namespace = names.bounded(router.metadata.name), router.metadata.namespace or "default"
-    read = ["get", "list", "watch"]
+    follow = ["list", "watch"]
     rules: list[dict[str, Any]] = [
-        {"apiGroups": [""], "resources": ["configmaps"], "resourceNames": [name], "verbs": read},
-        {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": read},
+        {"apiGroups": [""], "resources": ["configmaps"], "resourceNames": [name], "verbs": follow},
+        {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": follow},
     ]
     rules += _waking(config)
     group = "rbac.authorization.k8s.io"

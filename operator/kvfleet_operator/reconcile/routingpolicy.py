@@ -1,17 +1,19 @@
 """RoutingPolicy: no children of its own (routers load the compiled FleetConfig); its status says what became of it.
 
 Conditions: `Accepted` (some pool can serve it), `ResolvedRefs` (all pools and models exist), `Conflicted` (another policy
-takes requests it asks for), `Programmed` (every router replica serves with the configuration that holds this very
-generation of it), `Ready`.
+takes requests it asks for), `Programmed` (every router replica serves with this very generation of it, as compiled now),
+`Ready`. A change of anything else in the fleet, or a configuration that routers refuse for another policy's sake, does not
+make a policy that is served less programmed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kvfleet_api.compile import Problem
+from kvfleet_api.fleetconfig import PolicyConfig
 from kvfleet_api.routingpolicy import RoutingPolicy
 from kvfleet_operator.reconcile import conditions
 from kvfleet_operator.reconcile.conditions import Finding
@@ -21,18 +23,49 @@ MAX_REPLICAS = 256
 
 
 @dataclass(frozen=True, slots=True)
+class Loaded:
+    """What a router replica says it serves with."""
+
+    revision: str
+    """Of the whole configuration."""
+    policies: Mapping[str, str] = field(default_factory=dict)
+    """Policy → its own revision."""
+    refused: str = ""
+    """Why it does not take a newer configuration; empty: there is none that it refused."""
+
+
+@dataclass(frozen=True, slots=True)
 class RouterView:
     """A FleetRouter as a policy sees it."""
 
     name: str
-    revision: str | None
-    """The configuration written for it; None: none could be."""
-    replicas: Mapping[str, str | None]
-    """Ready replica → the revision it says it serves with; None: it has not said."""
+    revision: str
+    """Of the configuration written for it."""
+    replicas: Mapping[str, Loaded | None]
+    """Ready replica → what it says it serves with; None: it has not said."""
+    policies: Mapping[str, PolicyConfig] = field(default_factory=dict)
+    """Those of the configuration written, by name."""
 
     def current(self) -> list[str]:
         """The replicas that serve with the configuration last written."""
-        return sorted(pod for pod, revision in self.replicas.items() if revision and revision == self.revision)
+        return sorted(pod for pod, loaded in self.replicas.items() if loaded and loaded.revision == self.revision)
+
+    def serving(self, policy: str) -> dict[str, Loaded]:
+        """The replicas that serve with the policy as it was last written."""
+        if policy not in self.policies:
+            return {}
+        wanted = self.policies[policy].revision
+        return {
+            pod: loaded for pod, loaded in self.replicas.items() if loaded and loaded.policies.get(policy) == wanted
+        }
+
+    def refusals(self) -> list[str]:
+        """What the replicas that stay with an older configuration say, each thing once, with who says it."""
+        said: dict[str, list[str]] = {}
+        for pod, loaded in sorted(self.replicas.items()):
+            if loaded and loaded.refused and loaded.revision != self.revision:
+                said.setdefault(loaded.refused, []).append(pod)
+        return [f"{', '.join(pods)} refused it: {reason}" for reason, pods in said.items()]
 
 
 def status(
@@ -42,12 +75,16 @@ def status(
     accepted = _accepted(problems, compiled)
     resolved = _of(problems, "ResolvedRefs")
     conflicted = _conflicted(problems)
-    programmed = _programmed(compiled, routers)
+    programmed = _programmed(policy, compiled, routers)
     ready = _ready([accepted, resolved, programmed], conflicted)
     findings = [accepted, resolved, conflicted, programmed, ready]
     previous = policy.status.conditions if policy.status else []
     settled = conditions.settle(previous, findings, generation=policy.metadata.generation, now=now)
-    by = [{"pod": pod, "revision": router.revision} for router in routers for pod in router.current()]
+    by = [
+        {"pod": pod, "revision": loaded.revision}
+        for router in routers
+        for pod, loaded in sorted(router.serving(policy.metadata.name).items())
+    ]
     return {
         "observedGeneration": policy.metadata.generation,
         "programmedBy": by[:MAX_REPLICAS] if compiled else [],
@@ -79,21 +116,26 @@ def _conflicted(problems: Sequence[Problem]) -> Finding:
     return Finding("Conflicted", "True", found[0].reason, "; ".join(f"{p.field}: {p.message}" for p in found))
 
 
-def _programmed(compiled: bool, routers: Sequence[RouterView]) -> Finding:
+def _programmed(policy: RoutingPolicy, compiled: bool, routers: Sequence[RouterView]) -> Finding:
     if not compiled:
         return Finding("Programmed", "False", "NotAccepted", "Routers do not have it: see Accepted.")
     if not routers:
         message = "No FleetRouter in this namespace: create one"
         return Finding("Programmed", "False", "NoRouter", message)
     replicas = sum(len(router.replicas) for router in routers)
-    current = sum(len(router.current()) for router in routers)
-    revisions = ", ".join(sorted({router.revision or "none" for router in routers}))
+    serving = sum(len(router.serving(policy.metadata.name)) for router in routers)
     if not replicas:
         return Finding("Programmed", "False", "NoRouterReady", "No router replica is ready.")
-    message = f"{current} of {replicas} router replicas serve with revision {revisions}"
-    if current < replicas:
-        return Finding("Programmed", "False", "Pending", message)
-    return Finding("Programmed", "True", "Programmed", message)
+    message = f"{serving} of {replicas} router replicas serve with generation {policy.metadata.generation}"
+    if serving == replicas:
+        return Finding("Programmed", "True", "Programmed", message)
+    return pending(message, [refusal for router in routers for refusal in router.refusals()])
+
+
+def pending(message: str, refusals: Sequence[str]) -> Finding:
+    """Not every replica serves with what was written; where replicas refuse it, waiting does not help."""
+    reason = "ConfigRefused" if refusals else "Pending"
+    return Finding("Programmed", "False", reason, "; ".join([message, *refusals]))
 
 
 def _ready(parts: Sequence[Finding], conflicted: Finding) -> Finding:
