@@ -34,7 +34,7 @@ async def live_a_little(operator, cluster, make, port):
     cluster.put(make.router(adminPort=port))
     await cluster.until(lambda: cluster.get("Deployment", "router"))
     cluster.roll_out("router")
-    async with replica(port, lambda: cluster.get("FleetRouter", "router")["status"]["revision"]):
+    async with replica(port, cluster):
         cluster.put(make.router_pod())
         await cluster.until(lambda: ready(cluster, "RoutingPolicy", "policy"))
     cluster.edit("ModelPool", "llama", lambda found: found["spec"].update(parallelism={"tensor": 8, "nodes": 2}))
