@@ -11,6 +11,7 @@ needed=(
   nsenter:util-linux
   setpriv:util-linux
   mount:mount
+  prometheus:prometheus
 )
 missing=()
 for entry in "${needed[@]}"; do

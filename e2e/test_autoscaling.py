@@ -1,0 +1,232 @@
+"""Pools that grow with the load, go to zero and come back: with real controllers, from the chart to the streamed token."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+from harness.cluster import Cluster
+from harness.kube import Object
+from harness.sentences import Given, Story, Then, When
+from harness.streams import streams
+from kubernetes import client, config, watch
+from support.installation import OPERATOR, Installation, condition
+from support.manifests import MODEL, engine, policy, pool, router
+from support.prometheus import Gate, gate, prometheus
+
+QUICK = "--autoscaling-seconds=1"
+WORKERS = "app.kubernetes.io/component=engine"
+DEPLOYMENT = "llama-workers"
+SHRINKS_AT_ONCE = {"scaleDown": {"stabilizationWindowSeconds": 0}}
+OVERHEAD_S = 1.0
+"""From zero to the first token, the worker's own start-up not counted."""
+ARRIVALS = 200
+SCALE_DOWNS = 20
+
+
+@pytest.fixture(scope="module")
+def scaling(installation: Installation) -> Iterator[Installation]:
+    """The release with an autoscaler that looks every second."""
+    installation.install(f"--set=operator.extraArgs={{{QUICK}}}")
+    yield installation
+    installation.install()
+
+
+def scaled(concurrency: int = 2, **autoscaling: Any) -> Object:
+    signals = [{"concurrency": {"targetPerReplica": concurrency}}]
+    return pool(autoscaling={"behavior": SHRINKS_AT_ONCE, "signals": signals, **autoscaling})
+
+
+def replicas(count: int) -> Callable[[Object], bool]:
+    return lambda found: bool(found["spec"]["replicas"] == count)
+
+
+class PodClock(threading.Thread):
+    """When the API server first told of each worker, and when that it is ready."""
+
+    def __init__(self, cluster: Cluster, namespace: str) -> None:
+        super().__init__()
+        self.made: dict[str, float] = {}
+        self.ready: dict[str, float] = {}
+        self._namespace = namespace
+        self._api = config.new_client_from_config(str(cluster.kubeconfig))  # type: ignore[no-untyped-call]
+        self._over = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        pods = client.CoreV1Api(self._api).list_namespaced_pod
+        while not self._over.is_set():
+            events = watch.Watch()  # type: ignore[no-untyped-call]
+            for event in events.stream(pods, self._namespace, label_selector=WORKERS, timeout_seconds=5):  # type: ignore[no-untyped-call]
+                now, found = time.monotonic(), event["object"]
+                self.made.setdefault(found.metadata.name, now)
+                if any(entry.type == "Ready" and entry.status == "True" for entry in found.status.conditions or []):
+                    self.ready.setdefault(found.metadata.name, now)
+
+    def close(self) -> None:
+        self._over.set()
+        self.join()
+        self._api.close()
+
+
+@pytest.fixture
+def clock(cluster: Cluster, story: Story) -> Iterator[PodClock]:
+    clock = PodClock(cluster, story.kube.namespace)
+    yield clock
+    clock.close()
+
+
+def body(tokens: int, **more: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": "What is a KV cache?"}]
+    return {"model": MODEL, "messages": messages, "max_tokens": tokens, "ignore_eos": True, **more}
+
+
+def first_token_at(url: str) -> float:
+    with httpx.stream("POST", url, json=body(20, stream=True), timeout=90) as answer:
+        assert answer.status_code == 200, answer.read()
+        next(line for line in answer.iter_lines() if line)
+        return time.monotonic()
+
+
+def url_of(story: Story) -> str:
+    return story.url("router", path="/v1/chat/completions")
+
+
+def models(story: Story) -> list[str]:
+    return [entry["id"] for entry in httpx.get(story.url("router", path="/v1/models"), timeout=10).json()["data"]]
+
+
+def test_from_zero_by_a_request_up_with_a_burst_and_back_to_zero(
+    scaling: Installation,
+    given: Given,
+    then: Then,
+    story: Story,
+    clock: PodClock,
+    tells: Callable[[str], None],
+) -> None:
+    given.applied(scaled(minReplicas=0, maxReplicas=3, scaleToZero={"idleSeconds": 3}), policy(), router())
+    then.ready("FleetRouter", "router", within_s=90).is_so("Deployment", DEPLOYMENT, "has no worker", replicas(0))
+    assert models(story) == [MODEL]
+
+    asked_at = time.monotonic()
+    token_at = first_token_at(url_of(story))
+    made_at, ready_at = min(clock.made.values()), min(clock.ready.values())
+    overhead_s = (made_at - asked_at) + (token_at - ready_at)
+    tells(
+        f"zero → first token {token_at - asked_at:.2f} s: worker made after {made_at - asked_at:.3f} s, started in "
+        f"{ready_at - made_at:.2f} s, first token {token_at - ready_at:.3f} s after it was ready"
+    )
+
+    with streams(url_of(story), MODEL, (300,) * 6) as load:
+        then.is_so("Deployment", DEPLOYMENT, "has 3 workers", replicas(3), within_s=60)
+        then.eventually("streams end", lambda: load.whole, within_s=60)
+    assert load.failures == []
+    then.is_so("Deployment", DEPLOYMENT, "has no worker", replicas(0), within_s=90)
+    assert models(story) == [MODEL]
+    notes = [event["note"] for event in story.kube.list("events.k8s.io/v1/Event") if event["reason"] == "ScaledDown"]
+    assert any("no request for" in note for note in notes), notes
+    status = story.kube.get("ModelPool", "llama")["status"]
+    assert status["autoscaling"]["lastScaleTime"]
+    assert overhead_s < OVERHEAD_S
+
+
+def test_200_requests_at_zero_all_complete_though_the_operator_is_away(
+    scaling: Installation, given: Given, then: Then, story: Story, tells: Callable[[str], None]
+) -> None:
+    given.applied(scaled(minReplicas=0, maxReplicas=2, scaleToZero={"idleSeconds": 600}), policy(), router())
+    then.ready("FleetRouter", "router", within_s=90).ready("RoutingPolicy", "all", within_s=60)
+    then.is_so("Deployment", DEPLOYMENT, "has no worker", replicas(0))
+
+    async def ask() -> list[int]:
+        async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=ARRIVALS)) as asking:
+            answers = await asyncio.gather(*(asking.post(url_of(story), json=body(5)) for _ in range(ARRIVALS)))
+        return [answer.status_code for answer in answers]
+
+    operators = len(scaling.pods())
+    scaling.kube.patch("Deployment", OPERATOR, {"spec": {"replicas": 0}})
+    try:
+        then.eventually("no operator is there", lambda: not scaling.pods(), within_s=60)
+        began = time.monotonic()
+        statuses = asyncio.run(ask())
+    finally:
+        scaling.kube.patch("Deployment", OPERATOR, {"spec": {"replicas": operators}})
+    tells(f"{statuses.count(200)} of {ARRIVALS} complete, the last after {time.monotonic() - began:.1f} s")
+    assert statuses == [200] * ARRIVALS
+    scaling.kube.wait("Deployment", OPERATOR, "is back", lambda found: found["status"].get("readyReplicas"), 60)
+
+
+def test_no_stream_is_aborted_by_scale_downs_under_load(
+    scaling: Installation, given: Given, when: When, then: Then, story: Story, tells: Callable[[str], None]
+) -> None:
+    given.applied(scaled(minReplicas=1, maxReplicas=2, concurrency=1000), policy(), router())
+    then.ready("FleetRouter", "router", within_s=90).ready("ModelPool", "llama", within_s=90)
+
+    def bounds(least: int, most: int) -> dict[str, Any]:
+        return {"spec": {"autoscaling": {"minReplicas": least, "maxReplicas": most}}}
+
+    with streams(url_of(story), MODEL, (20, 20, 200, 400)) as load:
+        for _ in range(SCALE_DOWNS):
+            when.patched("ModelPool", "llama", bounds(2, 2))
+            then.is_so("Deployment", DEPLOYMENT, "has 2 workers", replicas(2))
+            then.ready("Deployment", DEPLOYMENT, within_s=60)
+            both = time.monotonic()
+            then.eventually("both answer", lambda at=both: len(load.workers_since(at)) == 2, within_s=60)  # type: ignore[misc]
+            when.patched("ModelPool", "llama", bounds(1, 1))
+            then.is_so("Deployment", DEPLOYMENT, "has 1 worker", replicas(1))
+            then.counts("Pod", 1, WORKERS, within_s=90)
+    tells(f"{len(load.whole)} streams over {SCALE_DOWNS} scale-downs, {len(load.failures)} lost")
+    assert load.failures == []
+
+
+@pytest.fixture(scope="module")
+def gated(scaling: Installation, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gate]:
+    """A real Prometheus behind a gate, and an operator that reads it there."""
+    assert cluster.reaches_pods, "Prometheus runs beside the built-in cluster"
+    with prometheus(cluster.kubeconfig, tmp_path_factory.mktemp("prometheus")) as behind, gate(behind) as found:
+        scaling.install(f"--set=operator.extraArgs={{{QUICK},--prometheus-url={found.url}}}")
+        yield found
+        scaling.install(f"--set=operator.extraArgs={{{QUICK}}}")
+
+
+LIES = {
+    "refusing": "answered 503",
+    "empty": "no router reports it",
+    "nan": "its value is nan",
+    "stale": "s old",
+    "slow": "did not answer within",
+}
+
+
+def test_a_prometheus_that_fails_or_lies_removes_nothing_and_the_condition_says_so(
+    gated: Gate, given: Given, then: Then, story: Story
+) -> None:
+    wanted = scaled(minReplicas=0, maxReplicas=3, scaleToZero={"idleSeconds": 1})
+    wanted["spec"]["engine"] = engine(1.0)
+    given.applied(wanted, policy(), router())
+    then.ready("FleetRouter", "router", within_s=90)
+
+    def scaling_active(status: str, words: str) -> Callable[[Object], bool]:
+        def holds(found: Object) -> bool:
+            entry = condition(found, "ScalingActive")
+            return bool(entry and entry["status"] == status and words in entry["message"])
+
+        return holds
+
+    with streams(url_of(story), MODEL, (100,) * 4) as load:
+        then.is_so("Deployment", DEPLOYMENT, "has 2 workers", replicas(2), within_s=90)
+        then.ready("Deployment", DEPLOYMENT, within_s=90)
+        then.is_so("ModelPool", "llama", "is scaled by Prometheus", scaling_active("True", "Every signal"))
+    for mode, words in LIES.items():
+        gated.turn(mode)
+        then.is_so("ModelPool", "llama", f"says that Prometheus is {mode}", scaling_active("False", words), within_s=60)
+        rounds = gated.asked
+        then.eventually("it is asked again and again", lambda at=rounds: gated.asked > at + 2, within_s=90)  # type: ignore[misc]
+        assert replicas(2)(story.kube.get("Deployment", DEPLOYMENT)), f"{mode}: workers were added or removed"
+    gated.turn("honest")
+    then.is_so("Deployment", DEPLOYMENT, "has no worker once Prometheus is honest", replicas(0), within_s=90)
+    assert load.failures == []
