@@ -2,7 +2,8 @@
 
 Takes the very objects that would be applied. Each replica of a Deployment whose container runs `vllm serve` becomes a
 `kvfleet worker` with the same arguments; the router's Deployment becomes a `kvfleet router` with the rendered FleetConfig,
-to which the workers' addresses are added. Ports are free ones of the loopback; nothing else of the arguments changes.
+to which the workers' addresses are added. Ports are free ones of the loopback; adapters, which a worker in a cluster loads
+from the ConfigMap it mounts, are given to it as arguments. Nothing else changes.
 
 Every process ends with `stop`, and with this process however it ends (Linux: parent-death signal).
 """
@@ -28,6 +29,7 @@ import yaml
 
 from kvfleet_api.acceleratorprofile import AcceleratorProfile
 from kvfleet_api.fleetconfig import FLEET_CONFIG_KEY, Endpoint, FleetConfig
+from kvfleet_operator.reconcile import lora
 
 HOST = "127.0.0.1"
 PROFILE_LABEL = "kvfleet.io/accelerator-profile"
@@ -135,6 +137,7 @@ class LocalFleet:
             config = orjson.loads(args[args.index("--kv-events-config") + 1])
             config |= {"endpoint": f"tcp://*:{events}", "replay_endpoint": f"tcp://*:{replay}"}
             args = _with_option(args, "--kv-events-config", orjson.dumps(config).decode())
+        args += self._adapters(deployment)
         if profile := labels.get(PROFILE_LABEL):
             args += ["--profile", str(self._profile_path(profile))]
         args += ["--speed", str(self.speed), "--seed", str(index), "--pod", name]
@@ -149,6 +152,15 @@ class LocalFleet:
             kv_events_port=events,
             kv_replay_port=replay,
         )
+
+    def _adapters(self, deployment: dict[str, Any]) -> list[str]:
+        """What a worker in a cluster loads when it starts: the list it mounts."""
+        volumes = deployment["spec"]["template"]["spec"].get("volumes", [])
+        mounted = {volume["configMap"]["name"] for volume in volumes if volume["name"] == lora.VOLUME}
+        lists = [o for o in self.objects if o["kind"] == "ConfigMap" and o["metadata"]["name"] in mounted]
+        listed = {name: uri for found in lists for name, uri in orjson.loads(found["data"][lora.FILE]).items()}
+        modules = [orjson.dumps({"name": name, "path": uri}).decode() for name, uri in listed.items()]
+        return ["--lora-modules", *modules] if modules else []
 
     def _router(self) -> LocalProcess:
         config_map = next(o for o in self.objects if o["kind"] == "ConfigMap" and FLEET_CONFIG_KEY in o.get("data", {}))
