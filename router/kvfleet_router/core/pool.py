@@ -173,7 +173,11 @@ class Fleet:
             else:
                 self.pools[name] = Pool(config, stats, self.index, block_bytes, slo)
             if config.endpoints:
-                self.set_endpoints(name, [WorkerEndpoint(e.name, e.url) for e in config.endpoints], now)
+                static = [
+                    WorkerEndpoint(e.name, e.url, kv_events_url=e.kv_events_url, kv_replay_url=e.kv_replay_url)
+                    for e in config.endpoints
+                ]
+                self.set_endpoints(name, static, now)
         models = {config.model for config in wanted.values()}
         self.stats = {model: stats for model, stats in self.stats.items() if model in models}
         self.version += 1
@@ -183,7 +187,11 @@ class Fleet:
         pool = self.pools.get(pool_name)
         if pool is None:
             return []
-        listed = {endpoint.name: endpoint for endpoint in endpoints if endpoint.address}
+        listed = {endpoint.name: endpoint for endpoint in endpoints}
+        for name, endpoint in listed.items():
+            known = pool.workers.get(name)
+            if known is None or known.url != endpoint.url:
+                _ = endpoint.address  # raises where it is none
         removed = []
         for worker in list(pool.workers.values()):
             endpoint = listed.get(worker.name)

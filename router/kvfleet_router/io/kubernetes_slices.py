@@ -22,6 +22,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import cached_property
 from ipaddress import ip_address
 
 import msgspec
@@ -62,7 +63,9 @@ class SlicePort(msgspec.Struct):
     port: int | None = None
 
 
-class EndpointSlice(msgspec.Struct):
+class EndpointSlice(msgspec.Struct, dict=True):
+    """`workers` is worked out once: of a large pool's slices an event changes one."""
+
     metadata: Metadata
     family: str = msgspec.field(default="", name="addressType")
     endpoints: list[SliceEndpoint] | None = None
@@ -72,32 +75,33 @@ class EndpointSlice(msgspec.Struct):
     def service(self) -> str:
         return (self.metadata.labels or {}).get(SERVICE_LABEL, "")
 
+    @cached_property
+    def workers(self) -> list[WorkerEndpoint]:
+        ports = {port.name: port.port for port in self.ports or () if port.port is not None and 0 < port.port < 65536}
+        if HTTP_PORT not in ports:
+            return []
+        found = (_worker(endpoint, ports) for endpoint in self.endpoints or ())
+        return [worker for worker in found if worker is not None]
+
 
 def workers(slices: Iterable[EndpointSlice], service: str) -> list[WorkerEndpoint]:
     """The workers behind `service`, by name."""
     found: dict[str, WorkerEndpoint] = {}
+    ours = [part for part in slices if part.service == service]
     for family in FAMILIES:
         of_family: dict[str, WorkerEndpoint] = {}
-        for part in slices:
-            if part.family == family and part.service == service:
-                _merge(of_family, part)
+        for part in ours:
+            if part.family == family:
+                for worker in part.workers:
+                    other = of_family.get(worker.name)
+                    of_family[worker.name] = worker if other is None else _merged(other, worker)
         found = {**of_family, **found}
     return [found[name] for name in sorted(found)[:MAX_WORKERS]]
 
 
-def _merge(found: dict[str, WorkerEndpoint], part: EndpointSlice) -> None:
-    ports = {port.name: port.port for port in part.ports or () if port.port is not None and 0 < port.port < 65536}
-    if HTTP_PORT not in ports:
-        return
-    for endpoint in part.endpoints or ():
-        worker = _worker(endpoint, ports)
-        if worker is None:
-            continue
-        other = found.get(worker.name)
-        if other is not None:
-            ready, terminating = worker.ready and other.ready, worker.terminating or other.terminating
-            worker = replace(worker, ready=ready, terminating=terminating)
-        found[worker.name] = worker
+def _merged(one: WorkerEndpoint, other: WorkerEndpoint) -> WorkerEndpoint:
+    """One endpoint, in two slices."""
+    return replace(other, ready=one.ready and other.ready, terminating=one.terminating or other.terminating)
 
 
 def _worker(endpoint: SliceEndpoint, ports: dict[str | None, int]) -> WorkerEndpoint | None:
