@@ -3,57 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import pytest
-from harness.kube import Kube
+from harness.cluster import Cluster
 from harness.sentences import Given, Story, Then, When
-from harness.streams import Streams, streams
 from support.installation import Installation
-from support.manifests import MODEL, engine, policy, pool, router
+from support.serving import ENGINES, ROUTERS, Tells, lossless_load, names, serving
 
-LOAD = (20, 20, 20, 60, 400, 400, 1500)
-"""Output tokens of each sender's requests at an engine's real speed: some take moments, some outlast the 5 s that a worker
-goes on for after it was told to leave."""
-ENGINES = "app.kubernetes.io/component=engine"
-ROUTERS = "app.kubernetes.io/component=router"
-Tells = Callable[[str], None]
-
-
-@pytest.fixture
-def fleet(kvfleet: Installation, given: Given, then: Then) -> Callable[[int, int], None]:
-    """Has a pool of as many workers, a policy and a router of as many replicas, all ready."""
-
-    def build(workers: int, routers: int = 1) -> None:
-        given.applied(pool(replicas=workers, engine=engine(1)), policy(), router(replicas=routers))
-        then.ready("ModelPool", "llama", within_s=120).ready("FleetRouter", "router", within_s=120)
-        then.ready("RoutingPolicy", "all", within_s=60)
-
-    return build
-
-
-@contextmanager
-def load(story: Story, then: Then, workers: int, tells: Tells) -> Iterator[Streams]:
-    """Streams through the router's Service while the block lasts, every one of which must come to its end."""
-    with streams(story.url("router", path="/v1/chat/completions"), MODEL, LOAD) as running:
-        then.eventually("every worker answers", lambda: len(running.workers_since(0)) == workers)
-        yield running
-        over = time.monotonic()
-        then.eventually("streams go on", lambda: len(running.since(over)) > 10)
-    tells(f"{len(running.whole)} streams, {len(running.failures)} failed or cut short")
-    assert running.failures == []
-
-
-def names(kube: Kube, selector: str) -> set[str]:
-    return {pod["metadata"]["name"] for pod in kube.list("Pod", selector)}
+AWAY_S = 30
 
 
 def test_scaling_up_and_down(
-    fleet: Callable[[int, int], None], when: When, then: Then, story: Story, tells: Tells
+    kvfleet: Installation, given: Given, when: When, then: Then, story: Story, tells: Tells
 ) -> None:
-    fleet(4, 1)
-    with load(story, then, 4, tells) as running:
+    serving(given, then, workers=4)
+    with lossless_load(story, then, 4, tells) as running:
         when.scaled("ModelPool", "llama", to=8)
         then.ready("ModelPool", "llama", within_s=120)
         eight = time.monotonic()
@@ -67,11 +31,11 @@ def test_scaling_up_and_down(
 
 
 def test_an_engine_rollout(
-    fleet: Callable[[int, int], None], when: When, then: Then, story: Story, tells: Tells
+    kvfleet: Installation, given: Given, when: When, then: Then, story: Story, tells: Tells
 ) -> None:
-    fleet(3, 1)
+    serving(given, then, workers=3)
     before = names(story.kube, ENGINES)
-    with load(story, then, 3, tells) as running:
+    with lossless_load(story, then, 3, tells) as running:
         when.patched("ModelPool", "llama", {"spec": {"engine": {"args": ["--max-num-seqs", "128"]}}})
         then.ready("ModelPool", "llama", within_s=180)
         then.eventually("the old workers are gone", lambda: not before & names(story.kube, ENGINES), 120)
@@ -80,11 +44,11 @@ def test_an_engine_rollout(
 
 
 def test_a_router_rollout(
-    fleet: Callable[[int, int], None], when: When, then: Then, story: Story, tells: Tells
+    kvfleet: Installation, given: Given, when: When, then: Then, story: Story, tells: Tells
 ) -> None:
-    fleet(2, 2)
+    serving(given, then, workers=2, routers=2)
     before = names(story.kube, ROUTERS)
-    with load(story, then, 2, tells):
+    with lossless_load(story, then, 2, tells):
         annotation = {"spec": {"podTemplate": {"metadata": {"annotations": {"e2e/rollout": "2"}}}}}
         when.patched("FleetRouter", "router", annotation)
         then.eventually("the old routers are gone", lambda: not before & names(story.kube, ROUTERS), 180)
@@ -92,11 +56,11 @@ def test_a_router_rollout(
 
 
 def test_a_worker_that_is_deleted(
-    fleet: Callable[[int, int], None], when: When, then: Then, story: Story, tells: Tells
+    kvfleet: Installation, given: Given, when: When, then: Then, story: Story, tells: Tells
 ) -> None:
-    fleet(2, 1)
+    serving(given, then, workers=2)
     victim, *_ = names(story.kube, ENGINES)
-    with load(story, then, 2, tells) as running:
+    with lossless_load(story, then, 2, tells) as running:
         deleted = time.monotonic()
         when.deleted("Pod", victim)
         then.gone("Pod", victim, within_s=60).ready("ModelPool", "llama", within_s=60)
@@ -104,3 +68,29 @@ def test_a_worker_that_is_deleted(
         assert outlived, "no stream was running on the worker: the test proved nothing"
         back = time.monotonic()
         then.eventually("its successor answers", lambda: len(running.workers_since(back)) == 2)
+
+
+def test_an_api_server_that_is_away_for_half_a_minute(
+    kvfleet: Installation, given: Given, when: When, then: Then, story: Story, cluster: Cluster, tells: Tells
+) -> None:
+    """The operator loses its Lease meanwhile, and goes on afterwards; a router needs neither of them."""
+    if not cluster.reaches_pods:
+        pytest.skip("without the API server the router cannot be reached from outside the cluster")
+    serving(given, then, workers=2, routers=2)
+    with lossless_load(story, then, 2, tells) as running:
+        with story.tells("when the API server is stopped"):
+            cluster.stop_api_server()
+        try:
+            gone = time.monotonic()
+            then.eventually(f"{AWAY_S} s have passed", lambda: time.monotonic() - gone > AWAY_S, AWAY_S + 5)
+            assert len(running.workers_since(gone + 1)) == 2
+        finally:
+            with story.tells("when the API server is started again"):
+                cluster.start_api_server()
+        back = time.monotonic()
+        when.scaled("ModelPool", "llama", to=3)
+        then.is_so("Deployment", "llama-workers", "is scaled", lambda found: found["spec"]["replicas"] == 3, 60)
+        tells(f"the operator reconciled again {time.monotonic() - back:.1f} s after the API server was back")
+        then.ready("ModelPool", "llama", within_s=120)
+        three = time.monotonic()
+        then.eventually("three workers answer", lambda: len(running.workers_since(three)) == 3)
