@@ -69,6 +69,11 @@ def snapshot(objects: list[Manifest]) -> str:
         manifest["rules"] = "from kvfleet_operator.rbac"
     for manifest in component(kept, "ConfigMap", "objects"):
         manifest["data"] = {name: text for name, text in manifest["data"].items() if "kind: FleetRouter" in text}
+    for manifest in of_kind(kept, "PrometheusRule"):
+        manifest["spec"] = "from files/rules"
+    for manifest in of_kind(kept, "ConfigMap"):
+        if "grafana_dashboard" in manifest["metadata"]["labels"]:
+            manifest["data"] = dict.fromkeys(manifest["data"], "from files/dashboards")
     for manifest in component(kept, "Pod", "objects"):
         manifest["spec"]["containers"][0]["args"][0] = "from files/apply_objects.py"
     return yaml.safe_dump_all(kept, sort_keys=True, width=120)
@@ -310,6 +315,19 @@ def test_rules_and_dashboards_in_the_chart_reach_the_cluster_unchanged(template:
     config_map = objects["ConfigMap", "kvfleet-system", "kvfleet-dashboard-extra"]
     assert config_map["data"] == {"extra.json": dashboard}
     assert config_map["metadata"]["labels"]["grafana_dashboard"] == "1"
+
+
+def test_the_charts_own_rules_and_dashboards_are_all_there(template: Render) -> None:
+    objects = template("--set", "monitoring.prometheusRule.enabled=true,monitoring.dashboards.enabled=true")
+    rules = {
+        each["metadata"]["name"].removeprefix("kvfleet-"): each["spec"] for each in of_kind(objects, "PrometheusRule")
+    }
+    files = {path.stem: yaml.safe_load(path.read_text()) for path in (CHART / "files/rules").glob("*.yaml")}
+    assert rules == files and len(files) >= 3
+    found = [each["data"] for each in of_kind(objects, "ConfigMap") if "-dashboard-" in each["metadata"]["name"]]
+    shown = {name: json.loads(text) for data in found for name, text in data.items()}
+    assert shown == {path.name: json.loads(path.read_text()) for path in (CHART / "files/dashboards").glob("*.json")}
+    assert len(shown) == 5
 
 
 def test_the_manifests_in_the_notes_are_valid() -> None:
