@@ -3,14 +3,19 @@
 import kmock
 import pytest
 from operator_running import poll, ready, replica, running, settled_pool, watching
+from scaling_fleet import worker_pod
 
 from kvfleet_operator.rbac import Rule, allows, cluster_rules, lease_rules, namespaced_rules
+from kvfleet_operator.scaling.loop import ScalerOptions
 
 VERBS = {"POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}
 LENT = {("get", "endpointslices"), ("list", "endpointslices"), ("watch", "endpointslices"), ("get", "configmaps")}
 """Handed on to routers: a right nobody has cannot be granted."""
+LENT |= {(verb, f"{workload}/scale") for verb in ("get", "patch") for workload in ("deployments", "leaderworkersets")}
 UNSEEN = {"create", "delete", "update"}
 """Server-side apply creates where nothing is; other leftovers than workloads need a former version; finalizers."""
+
+SOON = ScalerOptions(period_s=0.2, wake_s=0.05)
 
 
 def rights_used(cluster):
@@ -41,13 +46,24 @@ async def live_a_little(operator, cluster, make, port):
     await cluster.until(
         lambda: cluster.get("LeaderWorkerSet", "llama-lws") and not cluster.get("Deployment", "llama-workers")
     )
+    await scale_down(cluster, make)
     await watching(cluster)
+
+
+async def scale_down(cluster, make):
+    """Bounds hold without any signal: two workers are one too many."""
+    cluster.put(make.pool("small", autoscaling={"minReplicas": 1, "maxReplicas": 1}))
+    for name in ("a", "b"):
+        cluster.put(worker_pod(name, pool="small"))
+    await cluster.until(lambda: cluster.get("Deployment", "small-workers"))
+    cluster.edit("Deployment", "small-workers", lambda found: found["spec"].update(replicas=2))
+    await cluster.until(lambda: cluster.get("Deployment", "small-workers")["spec"]["replicas"] == 1)
 
 
 @pytest.mark.parametrize("cluster_wide", [True, False])
 async def test_every_request_is_allowed(cluster, login, make, unused_tcp_port, cluster_wide):
     namespaces = () if cluster_wide else ("default",)
-    async with running(login, namespaces=namespaces, resync_s=0.1) as operator:
+    async with running(login, namespaces=namespaces, resync_s=0.1, scaling=SOON) as operator:
         await live_a_little(operator, cluster, make, unused_tcp_port)
         await poll(lambda: operator.queue.idle)
     rules = cluster_rules(cluster_wide=cluster_wide) + lease_rules("kvfleet-operator")
