@@ -188,6 +188,13 @@ def router(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port for clients.")] = 8080,
     admin_host: Annotated[str | None, typer.Option(help="Address of the admin port. Default: --host.")] = None,
     admin_port: Annotated[int, typer.Option(min=0, max=65535, help="Port of /metrics, /healthz, /decisions.")] = 9090,
+    tls_cert: Annotated[
+        Path | None, typer.Option(help="PEM file of the certificate chain: clients are served by TLS.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file of the certificate's key.")] = None,
+    api_keys_file: Annotated[
+        Path | None, typer.Option(help="File of `NAME:SHA256` lines: clients must send one of these keys.")
+    ] = None,
     speed: Annotated[float, typer.Option(min=0.01, max=1000, help="For workers run with --speed.")] = 1.0,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
@@ -240,6 +247,9 @@ def router(
         speed=speed,
         config_path=config,
         source=source,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        api_keys_file=api_keys_file,
     )
     raise typer.Exit(code)
 

@@ -84,6 +84,8 @@ def test_crds_prints_the_four_kinds() -> None:
         (["router", "--workers", "ftp://x"], "http://host:port"),
         (["router", "--workers", "http://127.0.0.1:1", "--strategy", "roundrobin"], "round_robin"),
         (["router", "--config", "/nonexistent.json"], "--config"),
+        (["router", "--workers", "http://127.0.0.1:1", "--tls-cert", "x.crt"], "give both or neither"),
+        (["router", "--workers", "http://127.0.0.1:1", "--api-keys-file", "/nonexistent"], "/nonexistent"),
         (["render", "-f", "/nonexistent"], "no such file"),
         (["demo", "--trace", "/nonexistent"], "cannot be read"),
         (["demo", "--policy", "best"], "use one of"),

@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import typer
 
+from kvfleet.main import app
 from kvfleet_api.compile import compile_fleet
-from kvfleet_operator.reconcile import acceleratorprofile, fleetrouter, routingpolicy
+from kvfleet_operator.reconcile import acceleratorprofile, fleetrouter, routerpods, routingpolicy
 from kvfleet_operator.reconcile.names import label_value
 from kvfleet_operator.reconcile.plan import Applied
 from kvfleet_operator.reconcile.routingpolicy import Loaded, RouterView
@@ -228,3 +230,52 @@ def test_any_text_becomes_a_label_value_of_its_own(text):
 
 def test_a_valid_label_value_stays_as_it_is():
     assert label_value("llama-3.1_8B") == "llama-3.1_8B"
+
+
+# What the router cannot do
+
+
+def router_flags():
+    command = typer.main.get_command(app).commands["router"]
+    return {flag for parameter in command.params for flag in parameter.opts}
+
+
+def router_args(make, **spec):
+    manifest = routerpods.deployment(make.parse(make.router(**spec)))
+    return manifest["spec"]["template"]["spec"]["containers"][0]["args"]
+
+
+EVERYTHING = {
+    "processes": 4,
+    "auth": {"apiKeysSecretRef": {"name": "keys", "key": "keys.txt"}},
+    "tls": {"secretRef": "tls"},
+    "redis": {"url": "redis://redis:6379/0"},
+}
+
+
+def test_routers_are_started_with_flags_they_know(make):
+    command, *args = router_args(make, **EVERYTHING)
+    assert command == "router"
+    flags = {arg for arg in args if arg.startswith("--")}
+    assert {"--tls-cert", "--tls-key", "--api-keys-file"} <= flags <= router_flags()
+
+
+def test_what_the_router_cannot_do_is_refused_by_field_and_it_serves_without(make):
+    router = make.parse(make.router(processes=4))
+    live = {
+        "kind": "Deployment", "metadata": {"name": "router", "generation": 1}, "spec": {"replicas": 2},
+        "status": {"observedGeneration": 1, "replicas": 2, "updatedReplicas": 2, "readyReplicas": 2},
+    }  # fmt: skip
+    given = fleetrouter.RouterInput(router, fleet_of(make, router=router), {})
+    status = fleetrouter.status(given, Applied([], {("Deployment", "router"): live}), NOW)
+    found = {c["type"]: c for c in status["conditions"]}
+    assert (found["Accepted"]["status"], found["Accepted"]["reason"]) == ("False", "NotSupported")
+    assert "spec.processes" in found["Accepted"]["message"]
+    assert found["Ready"]["reason"] == "NotSupported"
+    assert found["Available"]["status"] == "True"
+    assert router_args(make, processes=4) == router_args(make)
+
+
+def test_a_field_is_refused_only_as_long_as_the_router_lacks_it(make):
+    """Fails once `kvfleet router` has learnt it: then render its flag and take the field out of NOT_SUPPORTED."""
+    assert ("spec.processes" in routerpods.NOT_SUPPORTED) == ("--processes" not in router_flags())

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from kvfleet_api.fleetconfig import FLEET_CONFIG_KEY, FleetConfig
-from kvfleet_api.fleetrouter import FleetRouter
+from kvfleet_api.fleetrouter import FleetRouter, FleetRouterSpec
 from kvfleet_operator.reconcile import names, podtemplate
 from kvfleet_operator.reconcile.plan import Manifest
 
@@ -19,6 +20,14 @@ SETTLE_S: Final = 5
 """Seconds a leaving router serves on so that load balancers have dropped its endpoint."""
 TEARDOWN_S: Final = 10
 USER_ID: Final = 65532
+NOT_SUPPORTED: Final[Mapping[str, Callable[[FleetRouterSpec], bool]]] = {
+    "spec.processes": lambda spec: spec.processes > 1,
+}
+"""Field → whether it asks for something that this version's router cannot do. Its pods are made without it."""
+
+
+def unsupported(spec: FleetRouterSpec) -> list[str]:
+    return [field for field, asked in NOT_SUPPORTED.items() if asked(spec)]
 
 
 def labels(router: FleetRouter) -> dict[str, str]:
@@ -184,8 +193,6 @@ def _args(router: FleetRouter) -> list[str]:
     spec = router.spec
     args = ["router", "--config", f"{CONFIG_PATH}/{FLEET_CONFIG_KEY}", "--kubernetes"]
     args += ["--port", str(spec.port), "--admin-port", str(spec.admin_port)]
-    if spec.processes > 1:
-        args += ["--processes", str(spec.processes)]
     if spec.auth.api_keys_secret_ref:
         args += ["--api-keys-file", f"{KEYS_PATH}/{spec.auth.api_keys_secret_ref.key}"]
     if spec.tls:
