@@ -257,7 +257,7 @@ def test_streams_go_on_while_the_api_server_is_away(
             cluster.start_api_server()
         back = time.monotonic()
         # kube-proxy has to learn first where the API server is: pods reach it through its Service.
-        then.eventually("the router hears it again", lambda: shown() == [1, 1], within_s=60)
+        then.eventually("the router hears it again", lambda: shown() == [1, 1], within_s=120)
         print(
             f"{served} streams were begun and ended without the API server; heard {time.monotonic() - back:.1f} s after"
         )
