@@ -188,10 +188,10 @@ class Fleet:
         if pool is None:
             return []
         listed = {endpoint.name: endpoint for endpoint in endpoints}
-        for name, endpoint in listed.items():
-            known = pool.workers.get(name)
-            if known is None or known.url != endpoint.url:
-                _ = endpoint.address  # raises where it is none
+        for told in listed.values():
+            known = pool.workers.get(told.name)
+            if known is None or known.url != told.url:
+                _ = told.address  # raises where it is none
         removed = []
         for worker in list(pool.workers.values()):
             endpoint = listed.get(worker.name)
