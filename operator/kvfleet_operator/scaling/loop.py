@@ -29,6 +29,7 @@ from kvfleet_operator.metrics import Metrics
 from kvfleet_operator.resources import pod_address
 from kvfleet_operator.scaling.effects import Effects
 from kvfleet_operator.scaling.pools import ScaledPool, scaled_pools, step_of
+from kvfleet_operator.scaling.sharing import shared
 from kvfleet_operator.statuses import StatusWriter
 from kvfleet_operator.world import World
 
@@ -119,6 +120,8 @@ class Scaler:
         readings, activity = await asyncio.gather(
             self._read(self._reader, questions), self._read(self._routers, activity_asked)
         )
+        fleets = {pool.scope.namespace: self._world.fleet(pool.scope.namespace).config for pool in pools}
+        readings = shared(pools, readings, fleets)
         now = self._now()
         steps = [step_of(*each) for each in zip(pools, readings, activity, strict=True)]
         results = self._autoscaler.step(steps, now.timestamp(), self._options.budget)
