@@ -108,8 +108,8 @@ def _signals() -> list[Panel]:
             maximum=1,
         ),
         Panel(
-            "Workers the signals ask for, by total",
-            "Signal over target: for a total it is the number of workers asked for, for a latency the factor.",
+            "Signal over target",
+            "For a total this is the number of workers asked for; for a latency, the factor by which it misses its target.",
             units.Short,
             [Query(f"{VALUE} / {TARGET}", "{{pool}} {{signal}}")],
             width=24,
