@@ -48,7 +48,6 @@ def choose(
 def _choose_one_by_one(
     arrival: Arrival, policy: Policy, workers: Sequence[Worker], match: Match, rng: random.Random, now: float
 ) -> Choice:
-    score = policy.score
     cached, depths = [0.0] * len(workers), [0] * len(workers)
     if match:
         block_tokens, most = arrival.block_tokens, arrival.prompt_tokens - 1.0
@@ -59,7 +58,7 @@ def _choose_one_by_one(
                     depths[place] = blocks
                     cached[place] = min(blocks * block_tokens, most)  # the engine computes the last token in any case
                     break
-    scores = [score(arrival, worker, tokens, now) for worker, tokens in zip(workers, cached, strict=True)]
+    scores = policy.score_all(arrival, workers, cached, now)
     costs = [sum(parts) for parts in scores]
     least = min(costs)
     equals = [place for place, cost in enumerate(costs) if cost <= least + policy.tie]

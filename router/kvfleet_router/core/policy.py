@@ -17,6 +17,9 @@ from kvfleet_router.core.columns import Array, Columns
 from kvfleet_router.core.ticket import Arrival
 from kvfleet_router.core.worker import Worker
 
+RULED_OUT = 1e9
+"""A part of this size takes a candidate out of the choice while others are left, and shows in the record why."""
+
 
 class Policy(ABC):
     """One RoutingPolicy's strategy. One file each; the header says formula, intent and inputs."""
@@ -46,6 +49,27 @@ class Policy(ABC):
     def score(self, arrival: Arrival, worker: Worker, cached_tokens: float, now: float) -> tuple[float, ...]:
         """The cost of this request on this worker, by part."""
 
+    def score_all(
+        self, arrival: Arrival, workers: Sequence[Worker], cached_tokens: Sequence[float], now: float
+    ) -> list[tuple[float, ...]]:
+        """`score` for each of the candidates."""
+        score = self.score
+        return [score(arrival, worker, tokens, now) for worker, tokens in zip(workers, cached_tokens, strict=True)]
+
     def score_many(self, arrival: Arrival, workers: Columns, cached_tokens: Array, now: float) -> tuple[Array, ...]:
         """`score` over columns of workers: one array per part."""
         raise NotImplementedError(f"{type(self).__name__} scores worker by worker")
+
+
+class RelativePolicy(Policy):
+    """A policy whose costs depend on the other candidates: filters, normalised scores, switches on imbalance."""
+
+    @abstractmethod
+    def score_all(
+        self, arrival: Arrival, workers: Sequence[Worker], cached_tokens: Sequence[float], now: float
+    ) -> list[tuple[float, ...]]:
+        """The cost of this request on each of the candidates, by part."""
+
+    def score(self, arrival: Arrival, worker: Worker, cached_tokens: float, now: float) -> tuple[float, ...]:
+        """Its cost were it the only candidate."""
+        return self.score_all(arrival, (worker,), (cached_tokens,), now)[0]

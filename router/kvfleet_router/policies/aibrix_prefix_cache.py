@@ -16,9 +16,8 @@ the pods; matches come from the router's prefix index instead of a table of hash
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from math import ceil
-from statistics import fmean, pstdev
+from math import ceil, sqrt
+from statistics import fmean
 
 from kvfleet_router.core.policy import RULED_OUT, RelativePolicy
 from kvfleet_router.core.ticket import Arrival
@@ -42,7 +41,8 @@ class AIBrixPrefixCache(RelativePolicy):
         least = min(loads)
         highest = least if max(loads) - least > IMBALANCE_REQUESTS else max(loads)
         left = [load for load in loads if load <= highest]
-        bound = fmean(left) + DEVIATIONS * pstdev(left)
+        mean = fmean(left)
+        bound = mean + DEVIATIONS * sqrt(fmean([(load - mean) ** 2 for load in left]))
         percents = [ceil(100.0 * cached / arrival.prompt_tokens) for cached in cached_tokens]
         fits = [
             percent > 0 and load <= highest and load <= bound for percent, load in zip(percents, loads, strict=True)
