@@ -8,7 +8,7 @@ import pytest
 from harness.cluster import Cluster
 from harness.sentences import Given, Story, Then, When
 from support.installation import Installation
-from support.serving import ENGINES, ROUTERS, Tells, lossless_load, names, serving
+from support.serving import ENGINES, ROUTERS, Tells, all_answer, lossless_load, names, serving
 
 AWAY_S = 30
 
@@ -20,8 +20,7 @@ def test_scaling_up_and_down(
     with lossless_load(story, then, 4, tells) as running:
         when.scaled("ModelPool", "llama", to=8)
         then.ready("ModelPool", "llama", within_s=120)
-        eight = time.monotonic()
-        then.eventually("eight workers answer", lambda: len(running.workers_since(eight)) == 8)
+        all_answer(then, running, 8)
         when.scaled("ModelPool", "llama", to=2)
         then.ready("ModelPool", "llama", within_s=120)
         then.counts("Pod", 2, ENGINES, within_s=120)
@@ -39,8 +38,7 @@ def test_an_engine_rollout(
         when.patched("ModelPool", "llama", {"spec": {"engine": {"args": ["--max-num-seqs", "128"]}}})
         then.ready("ModelPool", "llama", within_s=180)
         then.eventually("the old workers are gone", lambda: not before & names(story.kube, ENGINES), 120)
-        rolled_out = time.monotonic()
-        then.eventually("the new ones answer", lambda: len(running.workers_since(rolled_out)) == 3)
+        all_answer(then, running, 3)
 
 
 def test_a_router_rollout(
@@ -66,8 +64,7 @@ def test_a_worker_that_is_deleted(
         then.gone("Pod", victim, within_s=60).ready("ModelPool", "llama", within_s=60)
         outlived = [stream for stream in running.whole if stream.worker == victim and stream.ended > deleted]
         assert outlived, "no stream was running on the worker: the test proved nothing"
-        back = time.monotonic()
-        then.eventually("its successor answers", lambda: len(running.workers_since(back)) == 2)
+        all_answer(then, running, 2)
 
 
 def test_an_api_server_that_is_away_for_half_a_minute(
@@ -92,5 +89,4 @@ def test_an_api_server_that_is_away_for_half_a_minute(
         then.is_so("Deployment", "llama-workers", "is scaled", lambda found: found["spec"]["replicas"] == 3, 60)
         tells(f"the operator reconciled again {time.monotonic() - back:.1f} s after the API server was back")
         then.ready("ModelPool", "llama", within_s=120)
-        three = time.monotonic()
-        then.eventually("three workers answer", lambda: len(running.workers_since(three)) == 3)
+        all_answer(then, running, 3)

@@ -8,7 +8,7 @@ from harness.kube import wait_until
 from harness.sentences import Given, Story, Then, When
 from support.installation import CONTAINER, Installation
 from support.manifests import pool
-from support.serving import Tells, lossless_load, serving
+from support.serving import Tells, all_answer, lossless_load, serving
 
 LEASE_S = 15
 """For which a Lease counts after its holder's last word."""
@@ -34,8 +34,7 @@ def test_a_standby_takes_over_from_a_leader_that_was_killed(
         then.ready("ModelPool", "other")
         took_up_s = time.monotonic() - killed_at
         then.ready("ModelPool", "llama", within_s=60)
-        three = time.monotonic()
-        then.eventually("three workers answer", lambda: len(running.workers_since(three)) == 3)
+        all_answer(then, running, 3)
     assert kvfleet.lease()["leaseTransitions"] == transitions + 1
     tells(f"the standby led {led_s:.1f} s after the leader's SIGKILL and had reconciled after {took_up_s:.1f} s")
 

@@ -30,21 +30,24 @@ def serving(given: Given, then: Then, workers: int, routers: int = 1) -> None:
     then.ready("RoutingPolicy", "all", within_s=60)
 
 
-@contextmanager
-def load(story: Story, then: Then, workers: int) -> Iterator[Streams]:
-    """Streams through the router's Service while the block lasts."""
-    with streams(story.url("router", path="/v1/chat/completions"), MODEL, LOAD) as running:
-        then.eventually("every worker answers", lambda: len(running.workers_since(0)) == workers)
-        yield running
-        over = time.monotonic()
-        then.eventually("streams go on", lambda: len(running.since(over)) > 10)
+def all_answer(then: Then, running: Streams, workers: int) -> None:
+    """Each of them, to requests sent from now on."""
+    now = time.monotonic()
+    then.eventually(f"{workers} workers answer", lambda: len(running.workers_since(now)) == workers)
+
+
+def streams_go_on(then: Then, running: Streams, count: int = 10) -> None:
+    now = time.monotonic()
+    then.eventually("streams go on", lambda: len(running.since(now)) > count)
 
 
 @contextmanager
 def lossless_load(story: Story, then: Then, workers: int, tells: Tells) -> Iterator[Streams]:
-    """Streams every one of which must come to its end."""
-    with load(story, then, workers) as running:
+    """Streams through the router's Service while the block lasts, every one of which must come to its end."""
+    with streams(story.url("router", path="/v1/chat/completions"), MODEL, LOAD) as running:
+        all_answer(then, running, workers)
         yield running
+        streams_go_on(then, running)
     tells(f"{len(running.whole)} streams, {len(running.failures)} failed or cut short")
     assert running.failures == []
 
