@@ -42,7 +42,7 @@ class AIBrixPreble(RelativePolicy):
                 (0.0 if cached == longest else RULED_OUT, float(worker.in_flight), 0.0, 0.0)
                 for worker, cached in zip(workers, cached_tokens, strict=True)
             ]
-        costs = []
+        costs: list[tuple[float, ...]] = []
         for worker, cached in zip(workers, cached_tokens, strict=True):
             backlog, own, step, _ = ttft_parts(arrival, worker, cached, now)
             sequences = worker.pending + worker.decoding + arrival.parsed.sequences
