@@ -9,17 +9,23 @@ import asyncio
 import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from kvfleet import __version__
-
-if TYPE_CHECKING:
-    from kvfleet_api.fleetconfig import FleetConfig
-    from kvfleet_api.manifests import Manifests
-    from kvfleet_router.io.config_source import ConfigSource
+from kvfleet.inputs import (
+    LOG_FORMAT,
+    UsageError,
+    check_strategies,
+    checked_log_level,
+    compile_fleet_config,
+    escaped,
+    load_manifests,
+    render_objects,
+)
+from kvfleet.router_command import router
 
 app = typer.Typer(
     name="kvfleet",
@@ -30,7 +36,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 Files = Annotated[
@@ -39,25 +44,15 @@ Files = Annotated[
 ]
 
 
-class UsageError(Exception):
-    """Wrong input; the message says what and what to do."""
-
-
 def main() -> None:
     """Entry point of the command `kvfleet`."""
     try:
         app()
     except UsageError as error:
-        Console(stderr=True, highlight=False).print(f"[red]error:[/red] {_escaped(str(error))}", soft_wrap=True)
+        Console(stderr=True, highlight=False).print(f"[red]error:[/red] {escaped(str(error))}", soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 def _version(value: bool) -> None:
@@ -112,11 +107,11 @@ def demo(
     directory = directory or quickstart_directory()
     trace = trace or directory.parent / "traces" / "mooncake_synthetic_300.jsonl"
     policies = policy or ["round_robin", "kvfleet"]
-    _check_strategies(policies)
+    check_strategies(policies)
     if json is not None and not json.parent.is_dir():
         raise UsageError(f"--json {json}: {json.parent} is not a directory: create it or choose another place")
-    manifests = _load([directory])
-    objects = _render(manifests)
+    manifests = load_manifests([directory])
+    objects = render_objects(manifests)
     if not manifests.routers:
         raise UsageError(f"{directory}: no FleetRouter among the manifests: add one (kind: FleetRouter)")
     try:
@@ -151,107 +146,11 @@ def demo(
         demo_module.write_json(results, json, trace=trace.name, rate=rate, speed=speed)
     failed = [outcome for result in results for outcome in result.outcomes if not outcome.ok]
     if failed:
-        console.print(f"[red]{len(failed)} requests failed[/red], the first: {_escaped(failed[0].error)}")
+        console.print(f"[red]{len(failed)} requests failed[/red], the first: {escaped(failed[0].error)}")
         raise typer.Exit(1)
 
 
-@app.command()
-def router(
-    filename: Annotated[
-        list[Path] | None, typer.Option("-f", "--filename", help="Manifests: file or directory.")
-    ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            help="Compiled FleetConfig (JSON), reloaded when it changes. With --kubernetes: used while the ConfigMap cannot be read at the start."
-        ),
-    ] = None,
-    workers: Annotated[
-        list[str] | None,
-        typer.Option(help="Workers: `URL,URL,…` without manifests; `POOL=URL,URL` (repeat) with -f."),
-    ] = None,
-    strategy: Annotated[str | None, typer.Option(help="Policy; with -f it replaces every policy's strategy.")] = None,
-    kubernetes: Annotated[
-        bool,
-        typer.Option(
-            "--kubernetes",
-            help="Inside a cluster: watch the ConfigMap of --config-map and the workers' EndpointSlices.",
-        ),
-    ] = False,
-    config_map: Annotated[
-        str, typer.Option(envvar="KVFLEET_CONFIG_MAP", help="NAMESPACE/NAME of the ConfigMap with the FleetConfig.")
-    ] = "",
-    kubeconfig: Annotated[
-        Path | None, typer.Option(help="As --kubernetes, but the API server and credentials of this file.")
-    ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "0.0.0.0",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port for clients.")] = 8080,
-    admin_host: Annotated[str | None, typer.Option(help="Address of the admin port. Default: --host.")] = None,
-    admin_port: Annotated[int, typer.Option(min=0, max=65535, help="Port of /metrics, /healthz, /decisions.")] = 9090,
-    tls_cert: Annotated[
-        Path | None, typer.Option(help="PEM file of the certificate chain: clients are served by TLS.")
-    ] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="PEM file of the certificate's key.")] = None,
-    api_keys_file: Annotated[
-        Path | None, typer.Option(help="File of `NAME:SHA256` lines: clients must send one of these keys.")
-    ] = None,
-    speed: Annotated[float, typer.Option(min=0.01, max=1000, help="For workers run with --speed.")] = 1.0,
-    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
-) -> None:
-    """Serve the OpenAI API in front of a fleet of vLLM workers.
-
-    The fleet comes from manifests (-f), from a compiled FleetConfig (--config), from a cluster (--kubernetes), or is just a
-    list of workers.
-
-    Examples: `kvfleet router --port 8080 --workers http://10.0.0.1:8000,http://10.0.0.2:8000` · `kvfleet router -f manifests/ --workers my-pool=http://10.0.0.1:8000` · `kvfleet router --workers http://127.0.0.1:8000 --strategy least_request`
-    """
-    import logging
-
-    from kvfleet import fleet
-    from kvfleet_api.compile import static_fleet
-    from kvfleet_api.fleetconfig import FleetConfig
-    from kvfleet_router.app import run_router
-
-    logging.basicConfig(level=_log_level(log_level), format=LOG_FORMAT)
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for every request
-    in_cluster = kubernetes or kubeconfig is not None
-    if in_cluster and (filename or workers):
-        raise UsageError("--kubernetes: pools and workers are read from the cluster: leave -f and --workers out")
-    if filename and config is not None:
-        raise UsageError("-f and --config exclude each other: the FleetConfig is compiled from the manifests")
-    if not (filename or config or workers or in_cluster):
-        raise UsageError("no fleet: give -f MANIFESTS, --config FILE, --kubernetes or --workers URL,URL,…")
-    source = _kubernetes_source(kubeconfig, config_map, config, strategy) if in_cluster else None
-    try:
-        if in_cluster:
-            fleet_config = FleetConfig(pools=[], policies=[])
-        elif filename:
-            fleet_config = fleet.with_workers(_compile(_load(filename)), workers or [])
-        elif config is not None:
-            fleet_config = _read_config(config)
-        else:
-            fleet_config = static_fleet(
-                [url.strip() for entry in workers or [] for url in entry.split(",") if url.strip()]
-            )
-    except ValueError as error:
-        raise UsageError(f"--workers {error}") from error
-    if strategy is not None:
-        fleet_config = fleet.with_strategy(fleet_config, strategy)
-    _check_strategies([policy.strategy for policy in fleet_config.policies])
-    code = run_router(
-        fleet_config,
-        host=host,
-        port=port,
-        admin_host=admin_host or host,
-        admin_port=admin_port,
-        speed=speed,
-        config_path=config,
-        source=source,
-        tls_cert=tls_cert,
-        tls_key=tls_key,
-        api_keys_file=api_keys_file,
-    )
-    raise typer.Exit(code)
+app.command()(router)
 
 
 @app.command(context_settings=PASS_THROUGH)
@@ -305,7 +204,7 @@ def operator(
     from kvfleet.scaling import prometheus_settings, scaler_options
     from kvfleet_operator.main import OperatorOptions, run_operator
 
-    logging.basicConfig(level=_log_level(log_level), format=LOG_FORMAT)
+    logging.basicConfig(level=checked_log_level(log_level), format=LOG_FORMAT)
     try:
         prometheus = prometheus_settings(prometheus_url, prometheus_token_file, prometheus_ca_file)
     except ValueError as error:
@@ -374,9 +273,9 @@ def simulate(
     console = Console()
     loads = load if load or capacity else [0.6, 0.8]
     policies = list(dict.fromkeys(policy or ["least_request", "lmetric", "kvfleet"]))
-    manifests = _load(filename)
+    manifests = load_manifests(filename)
     try:
-        config, model = command.fleet_of(_compile(manifests), manifests, model, workers)
+        config, model = command.fleet_of(compile_fleet_config(manifests), manifests, model, workers)
         for name in policies:
             with_policy(config, name)
         command.check(loads or [], json)
@@ -411,7 +310,7 @@ def render(filename: Files) -> None:
     """
     import yaml
 
-    for obj in _render(_load(filename)):
+    for obj in render_objects(load_manifests(filename)):
         typer.echo("---\n" + yaml.safe_dump(obj, sort_keys=False, width=120), nl=False)
 
 
@@ -491,87 +390,6 @@ def explain(
         console.print("No decisions yet: send a request first.")
     for item in decisions:
         console.print(explain_decision(item))
-
-
-def _load(paths: list[Path]) -> Manifests:
-    from kvfleet_api.manifests import ManifestError, load
-
-    try:
-        return load(paths)
-    except ManifestError as error:
-        raise UsageError(str(error)) from error
-
-
-def _render(manifests: Manifests) -> list[dict[str, Any]]:
-    """Objects as the operator would apply; what does not resolve is an error here, where no later apply can heal it."""
-    from kvfleet_operator.render import render as render_objects
-
-    _compile(manifests)
-    try:
-        return render_objects(manifests)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-
-
-def _compile(manifests: Manifests) -> FleetConfig:
-    from kvfleet.fleet import FleetError, compile_manifests, warnings
-
-    try:
-        config = compile_manifests(manifests)
-    except FleetError as error:
-        raise UsageError(str(error)) from error
-    for line in warnings(manifests):
-        Console(stderr=True, highlight=False).print(f"[yellow]warning:[/yellow] {_escaped(line)}", soft_wrap=True)
-    return config
-
-
-def _kubernetes_source(
-    kubeconfig: Path | None, config_map: str, fallback: Path | None, strategy: str | None
-) -> ConfigSource:
-    """What a router in a cluster follows."""
-    from kvfleet import fleet
-    from kvfleet_router.io.kubernetes import KubernetesSource
-    from kvfleet_router.io.kubernetes_access import AccessError, from_kubeconfig, in_cluster
-
-    if strategy is not None:
-        _check_strategies([strategy])
-    if not config_map:
-        raise UsageError("--config-map: which ConfigMap holds the FleetConfig? Give NAMESPACE/NAME")
-    try:
-        access = in_cluster() if kubeconfig is None else from_kubeconfig(kubeconfig)
-        adapt = None if strategy is None else lambda config: fleet.with_strategy(config, strategy)
-        return KubernetesSource(access, config_map, fallback=fallback, adapt=adapt)
-    except AccessError as error:
-        raise UsageError(str(error)) from error
-
-
-def _log_level(name: str) -> str:
-    if name.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
-        raise UsageError(f"--log-level {name}: use debug, info, warning or error")
-    return name.upper()
-
-
-def _read_config(path: Path) -> FleetConfig:
-    from pydantic import ValidationError
-
-    from kvfleet_api.fleetconfig import FleetConfig
-
-    try:
-        return FleetConfig.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise UsageError(f"--config {path}: {error.strerror}: give the path of a compiled FleetConfig") from error
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(map(str, first["loc"]))
-        raise UsageError(f"--config {path}: {field}: {first['msg']}: write it with the operator's version") from error
-
-
-def _check_strategies(names: list[str]) -> None:
-    from kvfleet_router.policies import REGISTRY
-
-    for name in names:
-        if name not in REGISTRY:
-            raise UsageError(f"strategy {name!r} is not known: use one of {', '.join(sorted(REGISTRY))}")
 
 
 if __name__ == "__main__":
