@@ -184,13 +184,15 @@ class Operator:
             now=_now,
             namespaces=options.watched,
         )
+        reader = None if options.prometheus is None else PrometheusReader(options.prometheus)
         scaler = Scaler(
             api,
             self.world,
             statuses,
             self.metrics,
             now=_now,
-            reader=None if options.prometheus is None else PrometheusReader(options.prometheus),
+            reader=reader,
+            history=None if reader is None else reader.history,
             options=options.scaling,
             namespaces=options.watched,
         )

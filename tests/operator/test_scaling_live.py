@@ -1,5 +1,8 @@
 """The autoscaler at work: an operator, an API server, a router's metrics; what becomes of `replicas` and the status."""
 
+import asyncio
+from urllib.parse import parse_qsl
+
 import pytest
 from operator_running import poll, reason, running
 from scaling_fleet import Router, listening, put_fleet, replicas, worker_pod
@@ -160,3 +163,25 @@ async def test_without_autoscaling_nothing_of_it_stays_in_the_status(cluster, lo
         await cluster.until(lambda: replicas(cluster) == 2)
         await cluster.until(lambda: not status(cluster) and not reason(cluster, "ModelPool", "llama", "ScalingActive"))
         assert cluster.get("ModelPool", "llama")["status"]["desiredReplicas"] == 2
+
+
+async def test_a_new_pools_past_is_read_from_prometheus_once(cluster, login, make, router, unused_tcp_port_factory):
+    port, asked = unused_tcp_port_factory(), []
+
+    async def serve(reader, writer):
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        length = next(int(line[15:]) for line in head.lower().split("\r\n") if line.startswith("content-length:"))
+        asked.append((head.split(" ")[1], dict(parse_qsl((await reader.readexactly(length)).decode()))))
+        body = b'{"status": "success", "data": {"resultType": "matrix", "result": []}}'
+        writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+        await writer.drain()
+        writer.close()
+
+    prometheus = PrometheusSettings(f"http://127.0.0.1:{port}")
+    server = await asyncio.start_server(serve, "127.0.0.1", port)
+    async with server, running(login, scaling=FAST, prometheus=prometheus):
+        put_fleet(cluster, make, router.port)
+        await poll(lambda: len([path for path, _ in asked if path.endswith("/query")]) > 20)
+    (past,) = [form for path, form in asked if path.endswith("/query_range")]
+    assert past["query"].startswith('(sum(kvfleet_router_in_flight{namespace="default",pool="llama"})')
+    assert float(past["end"]) - float(past["start"]) == pytest.approx(14 * 86_400)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Final
@@ -22,6 +22,7 @@ from typing import Final
 from kvfleet_operator.api import ApiError, KubeApi, NotLeader
 from kvfleet_operator.autoscale.autoscaler import Autoscaler
 from kvfleet_operator.autoscale.budget import Budget
+from kvfleet_operator.autoscale.readers.fetch import FetchError
 from kvfleet_operator.autoscale.readers.routers import RouterReader
 from kvfleet_operator.autoscale.readers.source import PoolQuestion, Reader
 from kvfleet_operator.autoscale.readings import Reading, failed
@@ -34,6 +35,11 @@ from kvfleet_operator.statuses import StatusWriter
 from kvfleet_operator.world import World
 
 logger = logging.getLogger(__name__)
+History = Callable[[str, float, float, float], Awaitable[list[tuple[float, float]]]]
+"""(query, start, end, step in Unix seconds) → (time, value). Raises FetchError."""
+HISTORY_S: Final = 14 * 86_400
+HISTORY_STEP_S: Final = 300
+HISTORY_LIMIT_S: Final = 10.0
 READ_LIMIT_S: Final = 30.0
 """What could not be read within this time counts as failed."""
 
@@ -60,22 +66,26 @@ class Scaler:
         *,
         now: Callable[[], datetime],
         reader: Reader | None = None,
+        history: History | None = None,
         options: ScalerOptions = ScalerOptions(),
         namespaces: Collection[str] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`reader` None: the routers themselves are asked for the signals."""
+        """`reader` None: the routers themselves are asked for the signals. `history`: who knows their past, if anybody."""
         self._world = world
         self._metrics = metrics
         self._now = now
         self._routers = RouterReader()
         self._reader = reader or self._routers
+        self._history = history
         self._options = options
         self._namespaces = namespaces
         self._clock = clock
         self._effects = Effects(api, world, statuses, self._routers)
         self._autoscaler = Autoscaler()
         self._round_at: float | None = None
+        self._learned: set[str] = set()
+        """Pools whose past was asked for."""
         self._left: dict[str, int] = {}
         """Pool → workers wanted as the last round left it."""
 
@@ -111,7 +121,8 @@ class Scaler:
         if {pool.name: pool.workers.wanted for pool in pools} != self._left:
             return True
         asleep = [pool for pool in pools if pool.workers.wanted == 0]
-        busy = await self._routers.read([PoolQuestion(pool.activity[:1], pool.router_urls) for pool in asleep])
+        asked = [PoolQuestion(pool.activity[:1], pool.router_urls) for pool in asleep]
+        busy = await self._read(self._routers, asked)
         return any(reading.value for [reading] in busy)
 
     async def _round(self, pools: Sequence[ScaledPool]) -> None:
@@ -122,6 +133,7 @@ class Scaler:
         )
         fleets = {pool.scope.namespace: self._world.fleet(pool.scope.namespace).config for pool in pools}
         readings = shared(pools, readings, fleets)
+        await self._learn(pools)
         now = self._now()
         steps = [step_of(*each) for each in zip(pools, readings, activity, strict=True)]
         results = self._autoscaler.step(steps, now.timestamp(), self._options.budget)
@@ -154,6 +166,25 @@ class Scaler:
                 f"http://{f'[{ip}]' if ':' in ip else ip}:{pool.config.port}" for ip in addresses if ip is not None
             ]
         return PoolQuestion(pool.signals, pool.router_urls, workers)
+
+    async def _learn(self, pools: Sequence[ScaledPool]) -> None:
+        """The past of pools that are new here, for their forecasts. Without it they learn from now on."""
+        new = [pool for pool in pools if pool.name not in self._learned]
+        self._learned = {pool.name for pool in pools}
+        if self._history is None or not new:
+            return
+        end_s = self._now().timestamp()
+        for pool in new:
+            demand = next((s.expression for s in pool.signals if s.kind == "AverageValue" and s.expression), None)
+            if demand is None:
+                continue
+            try:
+                async with asyncio.timeout(HISTORY_LIMIT_S):
+                    past = await self._history(demand.promql(), end_s - HISTORY_S, end_s, HISTORY_STEP_S)
+            except (FetchError, TimeoutError) as error:
+                logger.warning("%s: its past demand cannot be read: %s", pool.name, error or "no answer in time")
+                return  # the others' neither
+            self._autoscaler.learn(pool.name, past)
 
     async def _read(self, reader: Reader, questions: Sequence[PoolQuestion]) -> list[list[Reading]]:
         limit_s = self._options.read_limit_s
