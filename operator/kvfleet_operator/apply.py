@@ -19,7 +19,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Final
 
 from kvfleet_api.common import Resource
@@ -59,9 +60,14 @@ class Applier:
             try:
                 written |= await self._one(owner, manifest)
             except Refused as refused:
-                logger.warning("%s: %s: %s", owner.key, refused.rejection.reason, refused)
                 rejections.append(refused.rejection)
-        written |= await self._delete_leftovers(owner, plan)
+        try:
+            written |= await self._delete_leftovers(owner, plan)
+        except Refused as refused:
+            rejections.append(refused.rejection)
+        for rejection in rejections:
+            log = logger.info if rejection.reason == "Terminating" else logger.warning
+            log("%s: %s: %s", owner.key, rejection.reason, rejection.message)
         return Applied(rejections, self._world.children(owner)), written
 
     async def _one(self, owner: Resource, wanted: Manifest) -> bool:
@@ -69,9 +75,11 @@ class Applier:
         key = key_of(wanted)
         live = self._world.get(key)
         if live is None:  # watched are only objects with our labels: look before taking a name
-            live = await self._api.get(BY_KIND[key.kind], key.namespace, key.name)
+            with _refusals_of(wanted):
+                live = await self._api.get(BY_KIND[key.kind], key.namespace, key.name)
         if live is None:
-            await self._check(owner)
+            with _refusals_of(wanted):
+                await self._check(owner)
             logger.info("%s: creating %s", owner.key, key)
             await self._apply(wanted, force=False)
             return True
@@ -96,16 +104,8 @@ class Applier:
             raise OwnerGone(owner.key)
 
     async def _apply(self, wanted: Manifest, *, force: bool) -> None:
-        try:
+        with _refusals_of(wanted):
             result = await self._sent(wanted, force)
-        except ApiError as error:
-            if error.status == 404:
-                kind = wanted["kind"]
-                message = f"The cluster has no {kind} (or no such namespace): install its CRDs or change the spec."
-                raise Refused(wanted, "KindNotInstalled", message) from error
-            if error.permanent:
-                raise Refused(wanted, "Rejected", f"The API server refuses it: {error}") from error
-            raise
         uid = result["metadata"]["uid"]
         self._spellings.pop(uid, None)
         if difference(wanted, result) is not None:
@@ -132,7 +132,8 @@ class Applier:
         doomed = leftovers(self._world.children(owner), plan)
         for live in doomed:
             logger.info("%s: deleting %s, which is not wanted any more", owner.key, key_of(live))
-            await self._api.delete(live)
+            with _refusals_of(live):
+                await self._api.delete(live)
             self._world.remove(live)
             self._spellings.pop(live["metadata"]["uid"], None)
         return bool(doomed)
@@ -148,6 +149,21 @@ class Refused(Exception):
     def __init__(self, wanted: Manifest, reason: str, message: str) -> None:
         super().__init__(message)
         self.rejection = Rejection(wanted["kind"], wanted["metadata"]["name"], reason, message)
+
+
+@contextmanager
+def _refusals_of(manifest: Manifest) -> Iterator[None]:
+    """Turns an answer that trying again cannot change into a Refused of this child."""
+    try:
+        yield
+    except ApiError as error:
+        if error.status == 404:
+            kind = manifest["kind"]
+            message = f"The cluster has no {kind} (or no such namespace): install its CRDs or change the spec."
+            raise Refused(manifest, "KindNotInstalled", message) from error
+        if error.permanent:
+            raise Refused(manifest, "Rejected", f"The API server refuses it: {error}") from error
+        raise
 
 
 def _foreign(live: Manifest, owner: Resource) -> tuple[str, str]:

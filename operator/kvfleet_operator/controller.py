@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Collection
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 from kvfleet_api.acceleratorprofile import AcceleratorProfile
 from kvfleet_api.common import Condition, Resource
@@ -28,12 +28,14 @@ from kvfleet_operator.metrics import Metrics
 from kvfleet_operator.reconcile import acceleratorprofile, conditions, fleetrouter, modelpool, routingpolicy
 from kvfleet_operator.reconcile.conditions import Finding
 from kvfleet_operator.reconcile.dependents import KINDS, Key, dependents, key_of
-from kvfleet_operator.reconcile.plan import Manifest
+from kvfleet_operator.reconcile.plan import Applied, Manifest, Plan
 from kvfleet_operator.statuses import StatusWriter, rfc3339
 from kvfleet_operator.workqueue import WorkQueue
 from kvfleet_operator.world import World, summary
 
 logger = logging.getLogger(__name__)
+REFUSED_S: Final = 30.0
+"""After which a refused child is tried again: no event tells that a foreign object is gone or a right was granted."""
 
 
 class Controller:
@@ -47,6 +49,7 @@ class Controller:
         *,
         now: Callable[[], datetime],
         namespaces: Collection[str] | None = None,
+        refused_s: float = REFUSED_S,
     ) -> None:
         """`namespaces`: those watched, None for all."""
         self._world = world
@@ -56,6 +59,7 @@ class Controller:
         self._metrics = metrics
         self._now = now
         self._namespaces = namespaces
+        self._refused_s = refused_s
         world.on_change = self.changed
 
     # What to look at
@@ -136,13 +140,19 @@ class Controller:
             self._world.children(pool),
             self._world.worker_adapters(pool),
         )
-        applied, written = await self._applier.bring_about(pool, modelpool.children(given))
+        applied, written = await self._bring_about(live, pool, modelpool.children(given))
         return await self._report(live, modelpool.status(given, applied, self._stamp())) or written
 
     async def _fleet_router(self, live: Manifest, router: FleetRouter) -> bool:
         given = self._router_input(router)
-        applied, written = await self._applier.bring_about(router, fleetrouter.children(given))
+        applied, written = await self._bring_about(live, router, fleetrouter.children(given))
         return await self._report(live, fleetrouter.status(given, applied, self._stamp())) or written
+
+    async def _bring_about(self, live: Manifest, owner: Resource, plan: Plan) -> tuple[Applied, bool]:
+        applied, written = await self._applier.bring_about(owner, plan)
+        if applied.rejections:
+            self._queue.add(key_of(live), self._refused_s)
+        return applied, written
 
     def _router_input(self, router: FleetRouter) -> fleetrouter.RouterInput:
         fleet = self._world.fleet(router.metadata.namespace or "default", router)

@@ -241,6 +241,17 @@ async def test_a_refusal_is_told_and_does_not_stop_the_others(applier, cluster, 
     assert cluster.get(*DEPLOYMENT)
 
 
+async def test_a_missing_right_is_told_whatever_it_is_for(applier, cluster, make, pool):
+    body = {"kind": "Status", "message": "services is forbidden: User kvfleet cannot get it", "reason": "Forbidden"}
+    cluster["get /api/v1/namespaces/default/services/llama-workers"] << 403 << body
+    applied, _ = await bring_about(applier, make, pool)
+    assert [(r.kind, r.reason) for r in applied.rejections] == [("Service", "Rejected")]
+    assert "services is forbidden" in applied.rejections[0].message
+    cluster["delete /apis/apps/v1/namespaces/default/deployments/llama-workers"] << 403 << body
+    applied, _ = await applier.bring_about(pool, Plan([]))
+    assert [(r.kind, r.reason) for r in applied.rejections] == [("Deployment", "Rejected")]
+
+
 async def test_a_passing_failure_is_raised_to_be_tried_again(applier, cluster, make, pool):
     cluster["patch /apis/policy/v1/namespaces/default/poddisruptionbudgets/llama-workers"] << 503
     with pytest.raises(ApiError) as raised:
