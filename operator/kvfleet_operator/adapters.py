@@ -99,12 +99,15 @@ class AdapterLoader:
 
     async def run(self) -> None:
         """For ever. Ends with NotLeader where the Lease is lost."""
-        async with self._client, asyncio.TaskGroup() as group:
-            while True:
-                for turn in self._due():
-                    turn.busy = True
-                    group.create_task(self._take(turn))
-                await asyncio.sleep(self._eager_s)
+        try:
+            async with asyncio.TaskGroup() as group:
+                while True:
+                    for turn in self._due():
+                        turn.busy = True
+                        group.create_task(self._take(turn))
+                    await asyncio.sleep(self._eager_s)
+        finally:
+            await self._client.aclose()
 
     async def first(self) -> None:
         """Learn what every worker has, and change nothing yet: conditions are judged by it after a start."""

@@ -220,6 +220,11 @@ async def test_a_start_looks_and_changes_nothing(fleet, metrics):
         assert fleet.known() == WorkerAdapters({"old": "my-org/old"})
         assert fleet.known("silent") is None
         assert (await models_of(server)).keys() == {"old"}
+        running = asyncio.create_task(fleet.loader.run())
+        await poll(lambda: running.done() or "sql" in fleet.known().loaded)
+        assert (await models_of(server)).keys() == {"sql"}
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
 
 
 async def test_who_is_no_leader_any_more_changes_nothing(fleet, make):
