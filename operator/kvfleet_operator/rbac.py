@@ -65,7 +65,7 @@ def namespaced_rules() -> list[Rule]:
         # Handed on to routers, which wake pools at zero.
         Rule(("apps",), ("deployments/scale",), ("get", "patch")),
         Rule(("leaderworkerset.x-k8s.io",), ("leaderworkersets/scale",), ("get", "patch")),
-        Rule(("discovery.k8s.io",), ("endpointslices",), READ),
+        Rule(("discovery.k8s.io",), ("endpointslices",), WATCH),
         Rule((EVENT.group,), (EVENT.plural,), ("create",)),
     ]
 
