@@ -59,8 +59,8 @@ class Answer(Protocol):
     def sweep(self, now: float) -> None: ...
 
 
-class ClientConnection(asyncio.Protocol):
-    """One client connection; see the module's text."""
+class ClientConnection:
+    """One client connection; see the module's text. An asyncio.Protocol in all but name: mypyc compiles no subclasses."""
 
     __slots__ = (
         "answer",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
-from typing import Protocol
+from typing import Protocol, cast
 
 from kvfleet_api.fleetrouter import LimitsSpec
 from kvfleet_router.io.connection import ANSWERING, ClientConnection
@@ -45,7 +45,7 @@ class Server:
         """Start to accept; returns the port (for port 0). Raises OSError where the address cannot be had."""
         loop = asyncio.get_running_loop()
         listener = await loop.create_server(
-            lambda: ClientConnection(self),
+            lambda: cast(asyncio.Protocol, ClientConnection(self)),
             host,
             port,
             backlog=BACKLOG,

@@ -120,7 +120,8 @@ class Origin:
     async def connect(self) -> UpstreamConnection:
         """A new connection. Raises OSError."""
         loop = asyncio.get_running_loop()
-        _, connection = await loop.create_connection(lambda: UpstreamConnection(self), self.host, self.port)
+        connection = UpstreamConnection(self)
+        await loop.create_connection(lambda: cast(asyncio.Protocol, connection), self.host, self.port)
         return connection
 
     def keep(self, connection: UpstreamConnection) -> None:
@@ -141,8 +142,8 @@ class Origin:
             self.idle.pop(0).transport.abort()
 
 
-class UpstreamConnection(asyncio.Protocol):
-    """One connection to a worker. At rest `receiver` is None."""
+class UpstreamConnection:
+    """One connection to a worker; at rest `receiver` is None. An asyncio.Protocol in all but name: mypyc compiles no subclasses."""
 
     __slots__ = (
         "body_length",

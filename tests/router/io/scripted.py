@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import socket
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -229,7 +230,11 @@ def post(body: bytes, *headers: bytes, path: bytes = b"/v1/chat/completions") ->
 
 
 def fleet(
-    workers: Sequence[ScriptedWorker], *, model: str | None = None, strategy: str = "round_robin", **changes: Any
+    workers: Sequence[ScriptedWorker | Unreachable],
+    *,
+    model: str | None = None,
+    strategy: str = "round_robin",
+    **changes: Any,
 ) -> FleetConfig:
     """A FleetConfig of these workers; `changes` name fields of the policy's specs or of the limits, whatever their owner."""
     config = static_fleet([worker.url for worker in workers] or ["http://127.0.0.1:9"], strategy, model)
@@ -247,6 +252,28 @@ def fleet(
     return config.model_copy(update={"policies": [policy.model_copy(update=specs)], "limits": limits})
 
 
+class Unreachable:
+    """A port that accepts nothing and refuses nothing until told to: its backlog is full, as behind a filter or a dead host."""
+
+    def __init__(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=0)
+        self.port = self._listener.getsockname()[1]
+        self._queued = []
+        for _ in range(8):
+            filler = socket.socket()
+            filler.setblocking(False)
+            filler.connect_ex(("127.0.0.1", self.port))
+            self._queued.append(filler)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    async def close(self) -> None:
+        for each in (*self._queued, self._listener):
+            each.close()
+
+
 class Bench:
     """Starts workers, routers and clients, and ends them with the test."""
 
@@ -262,8 +289,17 @@ class Bench:
         self._stack.push_async_callback(worker.stop)
         return worker
 
+    def unreachable(self) -> Unreachable:
+        port = Unreachable()
+        self._stack.push_async_callback(port.close)
+        return port
+
     async def router(
-        self, *workers: ScriptedWorker, config: FleetConfig | None = None, speed: float = 1.0, **changes: Any
+        self,
+        *workers: ScriptedWorker | Unreachable,
+        config: FleetConfig | None = None,
+        speed: float = 1.0,
+        **changes: Any,
     ) -> RouterApp:
         app = RouterApp(config or fleet(workers, **changes), speed=speed)
         await app.start()

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from types import SimpleNamespace
 
 import pytest
 from scripted import STREAM_END, STREAM_HEAD, Bench, Seen, answer_ok, chat_body, chunk, event, eventually, fleet, post
@@ -9,7 +10,6 @@ from scripted import STREAM_END, STREAM_HEAD, Bench, Seen, answer_ok, chat_body,
 from kvfleet_router.app import RouterApp
 from kvfleet_router.io import connection as connection_module
 from kvfleet_router.io import proxy as proxy_module
-from kvfleet_router.io.upstream import Origin, UpstreamConnection
 
 MIB = 1 << 20
 
@@ -98,28 +98,30 @@ async def test_a_client_that_leaves_stops_the_worker(bench: Bench) -> None:
         assert samples[name] == 1
 
 
-async def test_a_client_that_leaves_while_the_worker_is_being_reached(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    may_connect = asyncio.Event()
-    connect = Origin.connect
-
-    async def slow_connect(origin: Origin) -> UpstreamConnection:
-        await may_connect.wait()
-        return await connect(origin)
-
-    monkeypatch.setattr(Origin, "connect", slow_connect)
-    worker = await bench.worker()
-    router = await bench.router(worker)
+async def test_a_client_that_leaves_while_the_worker_is_being_reached(bench: Bench) -> None:
+    router = await bench.router(bench.unreachable(), connect_timeout_milliseconds=50)
     client = await bench.client(router)
     await client.send(post(chat_body()))
     await eventually(lambda: in_flight(router) == 1)
     client.close()
     await eventually(lambda: in_flight(router) == 0)
-    may_connect.set()
-    await eventually(lambda: worker.connections == 1)
+    await eventually(lambda: not router.proxy._tasks)
+    assert router.metrics.errors == {}, "the attempt ends, and is nobody's failure any more"
+
+
+async def test_a_connection_that_comes_too_late_for_its_client_serves_the_next(bench: Bench) -> None:
+    worker = await bench.worker()
+    router = await bench.router(worker)
+    client = await bench.client(router)
+    await client.send(post(chat_body()))
+    while not router.proxy._tasks:  # noqa: ASYNC110 - every turn of the loop counts here
+        await asyncio.sleep(0)
+    for connection in list(router.server.connections):
+        connection.abort()  # in the very turn in which connecting began
+    assert in_flight(router) == 0
+    await eventually(lambda: worker.connections == 1 and not router.proxy._tasks)
     assert (await bench.ask(router, post(chat_body()))).status == 200
-    assert [seen.connection for seen in worker.requests] == [1], "the connection was kept for the next request"
+    assert [seen.connection for seen in worker.requests] == [1]
 
 
 async def test_a_client_that_leaves_the_queue(bench: Bench) -> None:
@@ -190,7 +192,7 @@ async def test_ticks_come_at_the_earliest_time_asked_for(
         nonlocal ticks
         ticks += 1
 
-    router.dispatcher.tick = tick  # type: ignore[method-assign]
+    router.proxy.dispatcher = SimpleNamespace(tick=tick)  # type: ignore[assignment]
     for delay_s in delays_s:
         router.proxy._schedule(delay_s)
     start = asyncio.get_running_loop().time()
@@ -209,7 +211,7 @@ async def test_a_tick_that_fails_is_not_the_last(bench: Bench, caplog: pytest.Lo
             raise RuntimeError("a fault")
         return tick()
 
-    router.dispatcher.tick = failing  # type: ignore[method-assign]
+    router.proxy.dispatcher = SimpleNamespace(tick=failing)  # type: ignore[assignment]
     await eventually(lambda: failures >= 3)
     assert "a tick failed" in caplog.text
 
