@@ -187,7 +187,7 @@ def test_no_stream_is_aborted_by_scale_downs_under_load(
 def gated(scaling: Installation, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gate]:
     """A real Prometheus behind a gate, and an operator that reads it there."""
     assert cluster.reaches_pods, "Prometheus runs beside the built-in cluster"
-    with prometheus(cluster.kubeconfig, tmp_path_factory.mktemp("prometheus")) as behind, gate(behind) as found:
+    with gate() as found, prometheus(found, tmp_path_factory.mktemp("prometheus")):
         scaling.install(f"--set=operator.extraArgs={{{QUICK},--prometheus-url={found.url}}}")
         yield found
         scaling.install(f"--set=operator.extraArgs={{{QUICK}}}")
@@ -205,6 +205,7 @@ LIES = {
 def test_a_prometheus_that_fails_or_lies_removes_nothing_and_the_condition_says_so(
     gated: Gate, given: Given, then: Then, story: Story
 ) -> None:
+    gated.kube = story.kube
     wanted = scaled(minReplicas=0, maxReplicas=3, scaleToZero={"idleSeconds": 1})
     wanted["spec"]["engine"] = engine(1.0)
     given.applied(wanted, policy(), router())
@@ -217,16 +218,24 @@ def test_a_prometheus_that_fails_or_lies_removes_nothing_and_the_condition_says_
 
         return holds
 
+    def told(mode: str) -> None:
+        then.is_so(
+            "ModelPool", "llama", f"says that Prometheus is {mode}", scaling_active("False", LIES[mode]), within_s=60
+        )
+
     with streams(url_of(story), MODEL, (100,) * 4) as load:
         then.is_so("Deployment", DEPLOYMENT, "has 2 workers", replicas(2), within_s=90)
         then.ready("Deployment", DEPLOYMENT, within_s=90)
         then.is_so("ModelPool", "llama", "is scaled by Prometheus", scaling_active("True", "Every signal"))
-    for mode, words in LIES.items():
+        gated.turn("refusing")
+        told("refusing")
+    for mode in LIES:  # and there is no load any more
         gated.turn(mode)
-        then.is_so("ModelPool", "llama", f"says that Prometheus is {mode}", scaling_active("False", words), within_s=60)
+        told(mode)
         rounds = gated.asked
         then.eventually("it is asked again and again", lambda at=rounds: gated.asked > at + 2, within_s=90)  # type: ignore[misc]
         assert replicas(2)(story.kube.get("Deployment", DEPLOYMENT)), f"{mode}: workers were added or removed"
     gated.turn("honest")
     then.is_so("Deployment", DEPLOYMENT, "has no worker once Prometheus is honest", replicas(0), within_s=90)
+    gated.kube = None
     assert load.failures == []

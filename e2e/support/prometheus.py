@@ -1,7 +1,7 @@
 """A real Prometheus beside the built-in cluster, and a gate in front of it that can be told to fail or to lie.
 
-Prometheus finds the pods through the cluster's API, and labels what it scrapes as a PodMonitor would. The gate is what the
-operator is given as Prometheus: it passes everything on until a test tells it otherwise.
+The gate is what the operator is given as Prometheus: it passes everything on until a test tells it otherwise. It also tells
+Prometheus which pods there are, with the labels that a PodMonitor would give them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Final
 
 import httpx
 import yaml
-from harness.kube import wait_until
+from harness.kube import Kube, wait_until
 from harness.network import NODE_IP
 
 SCRAPE_S: Final = 1
@@ -31,39 +31,36 @@ SLOW_S: Final = 15
 """Longer than the operator waits for an answer."""
 
 
-def configuration(kubeconfig: Path) -> dict[str, object]:
-    """Routers and workers of all namespaces."""
-
-    def label(source: str, target: str, **more: str) -> dict[str, object]:
-        return {"source_labels": [f"__meta_kubernetes_pod_{source}"], "target_label": target, **more}
-
-    pods = {
-        "job_name": "kvfleet",
-        "kubernetes_sd_configs": [{"role": "pod", "kubeconfig_file": str(kubeconfig)}],
-        "relabel_configs": [
-            {
-                "action": "keep",
-                "source_labels": [
-                    "__meta_kubernetes_pod_label_app_kubernetes_io_component",
-                    "__meta_kubernetes_pod_container_port_name",
-                ],
-                "regex": "router;admin|engine;http",
-            },
-            {"source_labels": ["__meta_kubernetes_namespace"], "target_label": "namespace"},
-            label("name", "pod"),
-            label("label_kvfleet_io_pool", "kvfleet_io_pool"),
-        ],
-    }
+def configuration(targets_url: str) -> dict[str, object]:
+    """Debian's build cannot ask Kubernetes for targets; it asks the gate, which does."""
+    finding = {"url": targets_url, "refresh_interval": f"{SCRAPE_S}s"}
+    pods = {"job_name": "kvfleet", "http_sd_configs": [finding]}
     return {"global": {"scrape_interval": f"{SCRAPE_S}s", "scrape_timeout": f"{SCRAPE_S}s"}, "scrape_configs": [pods]}
 
 
+def targets(kube: Kube) -> list[dict[str, object]]:
+    """Routers' admin ports and workers, labelled as a PodMonitor would."""
+    found: list[dict[str, object]] = []
+    for pod in kube.list("Pod", "app.kubernetes.io/component in (router,engine)"):
+        ports = {each["name"]: each["containerPort"] for each in pod["spec"]["containers"][0]["ports"]}
+        labels = pod["metadata"]["labels"]
+        address = pod["status"].get("podIP")
+        if address:
+            port = ports.get("admin") or ports["http"]
+            named = {"namespace": kube.namespace, "pod": pod["metadata"]["name"]}
+            if "kvfleet.io/pool" in labels:
+                named["kvfleet_io_pool"] = labels["kvfleet.io/pool"]
+            found.append({"targets": [f"{address}:{port}"], "labels": named})
+    return found
+
+
 @contextmanager
-def prometheus(kubeconfig: Path, folder: Path) -> Iterator[str]:
-    """The URL of a Prometheus that ends with the block."""
+def prometheus(gate: Gate, folder: Path) -> Iterator[None]:
+    """A Prometheus behind the gate, which ends with the block."""
     program = shutil.which("prometheus")
     assert program is not None, "there is no prometheus: run e2e/setup.sh"
     file = folder / "prometheus.yml"
-    file.write_text(yaml.safe_dump(configuration(kubeconfig)))
+    file.write_text(yaml.safe_dump(configuration(f"{gate.url}/targets")))
     url = f"http://{NODE_IP}:{PORT}"
     arguments = [
         f"--config.file={file}",
@@ -74,7 +71,8 @@ def prometheus(kubeconfig: Path, folder: Path) -> Iterator[str]:
         process = subprocess.Popen([program, *arguments], stdout=log, stderr=log, env={**os.environ, "GOMAXPROCS": "1"})
     try:
         wait_until(lambda: _ready(url, process, folder / "prometheus.log"), "Prometheus is ready", 60)
-        yield url
+        gate.behind = url
+        yield
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(30)
@@ -92,7 +90,9 @@ def _ready(url: str, process: subprocess.Popen[bytes], log: Path) -> bool:
 class Gate:
     """`mode`: honest, refusing, empty, nan, stale or slow."""
 
-    behind: str
+    behind: str = ""
+    kube: Kube | None = None
+    """Of the namespace whose pods are scraped."""
     mode: str = "honest"
     asked: int = 0
     """Queries that came while `mode` was what it is."""
@@ -127,10 +127,18 @@ def _vector(parts: dict[str, str]) -> bytes:
 
 
 @contextmanager
-def gate(behind: str) -> Iterator[Gate]:
-    found = Gate(behind)
+def gate() -> Iterator[Gate]:
+    found = Gate()
 
     class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            content = json.dumps(targets(found.kube) if found.kube else []).encode()
+            self.send_response(200)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["content-length"]))
             try:
