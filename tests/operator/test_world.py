@@ -4,9 +4,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operator_manifests import pool as pool_manifest
+from operator_manifests import router as router_manifest
 
 from kvfleet_api.manifests import KINDS
+from kvfleet_operator.reconcile.adapters import WorkerAdapters
 from kvfleet_operator.reconcile.dependents import Key, dependents
+from kvfleet_operator.reconcile.names import label_value
 from kvfleet_operator.reconcile.plan import Plan, kind_name, leftovers
 from kvfleet_operator.reconcile.routingpolicy import Loaded
 from kvfleet_operator.world import World
@@ -103,6 +106,77 @@ def test_only_ready_pods_of_the_router_count_as_replicas(world, make):
     assert world.reports == {}
 
 
+def test_ready_workers_are_known_with_what_their_engines_can_load(world, make):
+    long = "a-pool-with-a-name-of-no-less-than-sixty-three-characters-so-it"
+    for version, pod in enumerate(
+        [
+            make.worker_pod("a", "10.0.0.1"),
+            make.worker_pod("b", "10.0.0.2", with_lora=False),
+            make.worker_pod("c", ready=False),
+            make.worker_pod("d", pool="other"),
+            make.worker_pod("e", pool=label_value(long)),
+        ]
+    ):
+        world.put(at(pod, version + 1, uid=pod["metadata"]["name"]))
+    follower = at(make.worker_pod("f"), 9, uid="f")
+    follower["metadata"]["labels"]["app.kubernetes.io/component"] = "engine-follower"
+    world.put(follower)
+    pool = make.parse(make.pool())
+    assert {name: pod.ip for name, pod in world.lora_workers(pool).items()} == {"a": "10.0.0.1"}
+    assert world.worker_adapters(pool) == {"a": None, "b": WorkerAdapters(lora=False)}
+    world.adapters["default", "a"] = WorkerAdapters({"sql": "/a"})
+    assert world.worker_adapters(pool)["a"].loaded == {"sql": "/a"}
+    assert list(world.lora_workers(make.parse(make.pool(long)))) == ["e"]
+    world.remove(at(make.worker_pod("a"), 10, uid="a"))
+    assert world.adapters == {}
+    assert world.worker_adapters(pool).keys() == {"b"}
+
+
+def test_a_worker_whose_engine_was_restarted_is_another_one(world, make):
+    pool = make.parse(make.pool())
+
+    def incarnation(version, **changes):
+        world.put(at(make.worker_pod(**changes), version))
+        return {name: pod.incarnation for name, pod in world.lora_workers(pool).items()}
+
+    first = incarnation(1, since="2026-01-01T00:00:00Z")
+    assert incarnation(2, since="2026-01-01T00:00:00Z") == first
+    assert incarnation(3, ready=False) == {}
+    assert incarnation(4, since="2026-01-01T00:00:30Z") != first
+
+
+PODS = st.tuples(st.sampled_from("ab"), st.sampled_from(["llama", "other", None]), st.sampled_from(["router", None]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), PODS), max_size=20))
+def test_pods_are_found_by_what_their_labels_say_now(steps):
+    world, labelled = World(), {}
+    for version, (present, (name, pool, router)) in enumerate(steps, 1):
+        labels = {"kvfleet.io/pool": pool, "kvfleet.io/router": router, "app.kubernetes.io/component": "engine"}
+        labels = {key: value for key, value in labels.items() if value}
+        metadata = {
+            "name": name,
+            "namespace": "default",
+            "labels": labels,
+            "uid": name,
+            "resourceVersion": str(version),
+        }
+        conditions = [{"type": "Ready", "status": "True"}]
+        pod = {"kind": "Pod", "metadata": metadata, "status": {"podIP": "10.0.0.1", "conditions": conditions}}
+        if present:
+            world.put(pod)
+            labelled[name] = (pool, router)
+        else:
+            world.remove(pod)
+            labelled.pop(name, None)
+    for pool in ("llama", "other"):
+        found = world.worker_adapters(KINDS["ModelPool"].model_validate(pool_manifest(pool)))
+        assert found.keys() == {name for name, (of, _) in labelled.items() if of == pool}
+    routers = world.router_pods(KINDS["FleetRouter"].model_validate(router_manifest("router")))
+    assert routers.keys() == {name for name, (_, of) in labelled.items() if of == "router"}
+
+
 def test_every_kind_reaches_what_depends_on_it(world, make):
     world.put(at(make.profile(), 1))
     for version, manifest in enumerate(
@@ -119,6 +193,8 @@ def test_every_kind_reaches_what_depends_on_it(world, make):
     assert reached(make.policy()) == routing
     assert reached(make.router()) == {"FleetRouter router", "RoutingPolicy policy"}
     assert reached(make.router_pod()) == routing
+    assert reached(make.worker_pod()) == {"ModelPool llama"}
+    assert reached(make.worker_pod(with_lora=False)) == set()
     owner = {"kind": "ModelPool", "name": "llama", "controller": True}
     child = {"kind": "Deployment", "metadata": {"name": "x", "namespace": "default", "ownerReferences": [owner]}}
     assert reached(child) == {"ModelPool llama"}
