@@ -162,7 +162,8 @@ def _refusals_of(manifest: Manifest) -> Iterator[None]:
             message = f"The cluster has no {kind} (or no such namespace): install its CRDs or change the spec."
             raise Refused(manifest, "KindNotInstalled", message) from error
         if error.permanent:
-            raise Refused(manifest, "Rejected", f"The API server refuses it: {error}") from error
+            words = " ".join(str(error).split())  # in one line, for logs
+            raise Refused(manifest, "Rejected", f"The API server refuses it: {words}") from error
         raise
 
 

@@ -242,11 +242,11 @@ async def test_a_refusal_is_told_and_does_not_stop_the_others(applier, cluster, 
 
 
 async def test_a_missing_right_is_told_whatever_it_is_for(applier, cluster, make, pool):
-    body = {"kind": "Status", "message": "services is forbidden: User kvfleet cannot get it", "reason": "Forbidden"}
+    body = {"kind": "Status", "message": "services is forbidden:\nUser kvfleet cannot get it", "reason": "Forbidden"}
     cluster["get /api/v1/namespaces/default/services/llama-workers"] << 403 << body
     applied, _ = await bring_about(applier, make, pool)
     assert [(r.kind, r.reason) for r in applied.rejections] == [("Service", "Rejected")]
-    assert "services is forbidden" in applied.rejections[0].message
+    assert "services is forbidden: User" in applied.rejections[0].message
     cluster["delete /apis/apps/v1/namespaces/default/deployments/llama-workers"] << 403 << body
     applied, _ = await applier.bring_about(pool, Plan([]))
     assert [(r.kind, r.reason) for r in applied.rejections] == [("Deployment", "Rejected")]
