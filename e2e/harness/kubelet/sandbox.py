@@ -79,7 +79,6 @@ def launch_script(spec: SandboxSpec) -> str:
         # What the machine keeps there is none of the container's business.
         'mount -t tmpfs -o mode=755 run "$root/run"',
         'mount -t tmpfs -o size=1g,mode=1777 tmp "$root/tmp"',
-        *_machine_mounts(),
         # There is no DNS server: a look-up of what /etc/hosts does not have fails at once, not after a time-out.
         'rm -f "$root/etc/resolv.conf"',
         'echo "nameserver 127.0.0.1" > "$root/etc/resolv.conf"',
@@ -91,6 +90,8 @@ def launch_script(spec: SandboxSpec) -> str:
     # Deeper targets last: a mount on /data must not cover one on /data/cache.
     for mount in sorted(spec.mounts, key=lambda mount: mount.target.count("/")):
         lines += _bind(mount)
+    # After the volumes: one on /tmp would cover a checkout that lies there.
+    lines += _machine_mounts()
     if spec.read_only_root:
         volumes = {mount.target for mount in spec.mounts}
         lines += [f'mount -o remount,bind,ro "$root{path}"' for path in ("", "/tmp", "/run") if path not in volumes]
