@@ -237,6 +237,7 @@ COLUMNS: tuple[tuple[str, str, float, int], ...] = (
     ("fail", "failed", 1, 0),
 )
 """Title, figure, factor, and which direction is better (0: neither)."""
+BOLD = "[bold green]{}[/bold green]"
 
 
 def means(results: Sequence[Result]) -> dict[tuple[float, str], dict[str, float]]:
@@ -261,7 +262,7 @@ def print_report(report: Report, console: Console) -> None:
         for load in dict.fromkeys(load for load, _ in rows):
             group = {policy: row for (at, policy), row in rows.items() if at == load}
             for number, (policy, row) in enumerate(group.items()):
-                cells = [_cell(row, list(group.values()), *column[1:]) for column in COLUMNS]
+                cells = [cell(row, list(group.values()), *column[1:], bold=BOLD) for column in COLUMNS]
                 table.add_row(f"{load:g}" if not number else "", policy, *cells)
             table.add_section()
         console.print(table)
@@ -284,11 +285,13 @@ def capacities(report: Report) -> dict[str, float]:
     return {policy: fmean(values) for policy, values in groups.items()}
 
 
-def _cell(row: dict[str, float], group: list[dict[str, float]], key: str, factor: float, better: int) -> str:
-    """Five characters: what does not fit into 80 columns is not read."""
+def cell(
+    row: dict[str, float], group: list[dict[str, float]], key: str, factor: float, better: int, *, bold: str
+) -> str:
+    """Five characters, for 80 columns hold no more; in `bold` where it is the best of its group."""
     text = f"{row[key]:g}" if not better else f"{row[key] * factor:.3f}"[:5].rstrip(".")
     best = better and row[key] * better == max(other[key] * better for other in group)
-    return f"[bold green]{text}[/bold green]" if best and len(group) > 1 else text
+    return bold.format(text) if best and len(group) > 1 else text
 
 
 def write_json(experiment: Experiment, report: Report, path: Path, *, trace: str) -> None:
