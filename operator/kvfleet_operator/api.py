@@ -72,13 +72,19 @@ async def load_configuration(kubeconfig: str | None = None, context: str | None 
 
 class KubeApi:
     def __init__(
-        self, configuration: Configuration, metrics: Metrics, *, write_timeout_s: float = WRITE_TIMEOUT_S
+        self,
+        configuration: Configuration,
+        metrics: Metrics,
+        *,
+        write_timeout_s: float = WRITE_TIMEOUT_S,
+        read_timeout_s: float = READ_TIMEOUT_S,
     ) -> None:
         self.configuration = configuration
         self.fence: Callable[[], None] = lambda: None
         self._client: Any = ApiClient(configuration)
         self._metrics = metrics
         self._write_timeout_s = write_timeout_s
+        self._read_timeout_s = read_timeout_s
 
     async def close(self) -> None:
         await self._client.close()
@@ -197,7 +203,7 @@ class KubeApi:
         body: Any = None,
         content_type: str = "application/json",
     ) -> Manifest:
-        timeout_s = READ_TIMEOUT_S
+        timeout_s = self._read_timeout_s
         if method != "GET":
             timeout_s = self._write_timeout_s
             self.fence()

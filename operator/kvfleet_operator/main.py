@@ -143,9 +143,11 @@ class Operator:
         options, metrics = self.options, self.metrics
         configuration = await self._login()
         async with AsyncExitStack() as stack:
-            # The Lease has a client of its own: the other one's writes are fenced by it.
-            api = KubeApi(configuration, metrics, write_timeout_s=options.lease.write_timeout_s)
-            lease_api = KubeApi(configuration, metrics)
+            # The Lease has a client of its own: the other one's writes are fenced by it. Its reads are as short as its
+            # writes, or a connection that went dead would cost the leadership.
+            short_s = options.lease.write_timeout_s
+            api = KubeApi(configuration, metrics, write_timeout_s=short_s)
+            lease_api = KubeApi(configuration, metrics, write_timeout_s=short_s, read_timeout_s=short_s)
             stack.push_async_callback(api.close)
             stack.push_async_callback(lease_api.close)
             lease = Lease(lease_api, options.lease)

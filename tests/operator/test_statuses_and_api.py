@@ -1,8 +1,10 @@
 """Status writes, Events, and the API client's answers to everything an API server may say."""
 
+import asyncio
 from datetime import UTC, datetime
 
 import pytest
+from kubernetes.aio.client import Configuration
 
 from kvfleet_operator.api import ApiError, KubeApi, NotLeader
 from kvfleet_operator.resources import LEASE, POOL
@@ -140,13 +142,39 @@ async def test_nonsense_from_the_server_is_an_error_not_a_crash(api, cluster):
 
 
 async def test_a_server_that_is_away_is_an_error_with_status_0(metrics):
-    from kubernetes.aio.client import Configuration
-
     client = KubeApi(Configuration(host="http://127.0.0.1:1"), metrics)
     with pytest.raises(ApiError) as raised:
         await client.get(POOL, "default", "x")
     assert (raised.value.status, raised.value.permanent) == (0, False)
     await client.close()
+
+
+@pytest.mark.parametrize("method", ["get", "create"])
+async def test_a_server_that_takes_a_request_and_says_nothing_is_given_up(metrics, make, method):
+    taken, left = asyncio.Event(), asyncio.Event()
+
+    async def swallow(reader, writer):
+        taken.set()
+        await reader.read()
+        writer.close()
+        await writer.wait_closed()
+        left.set()
+
+    server = await asyncio.start_server(swallow, "127.0.0.1", 0)
+    host = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    silent = KubeApi(Configuration(host=host), metrics, read_timeout_s=0.05, write_timeout_s=0.05)
+    try:
+        with pytest.raises(ApiError) as raised:
+            if method == "get":
+                await silent.get(POOL, "default", "llama")
+            else:
+                await silent.create(POOL, make.pool())
+    finally:
+        await silent.close()
+        server.close()
+    assert taken.is_set()
+    await left.wait()
+    assert raised.value.status == 0 and not raised.value.permanent
 
 
 async def test_no_write_leaves_a_process_that_may_not_lead(api, cluster, make):
