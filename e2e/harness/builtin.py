@@ -82,6 +82,9 @@ class BuiltinCluster(Cluster):
     def signal_container(self, namespace: str, pod: str, container: str, number: int) -> None:
         self._lever(f"/e2e/signal/{namespace}/{pod}/{container}?number={number}")
 
+    def cut_connections(self, namespace: str, pod: str) -> None:
+        self._lever(f"/e2e/cut/{namespace}/{pod}")
+
     def fail_node(self, name: str) -> None:
         self._lever(f"/e2e/nodes/{name}/fail")
 

@@ -22,6 +22,7 @@ from kvfleet_api.fleetrouter import DEFAULT_ROUTER_IMAGE
 from kvfleet_api.modelpool import DEFAULT_ENGINE_IMAGE
 
 KIND_CLUSTER = "kvfleet-e2e"
+CUT_HERE = "connections of pods are cut on the built-in cluster only: run this test there (KVFLEET_E2E_CLUSTER=builtin)"
 API_SERVER_TIMEOUT_S = 120
 
 
@@ -44,6 +45,10 @@ class Cluster(ABC):
     @abstractmethod
     def signal_container(self, namespace: str, pod: str, container: str, number: int) -> None:
         """Sends a signal to a container's process 1, from outside the container."""
+
+    @abstractmethod
+    def cut_connections(self, namespace: str, pod: str) -> None:
+        """The connections that a pod has opened go dead, without a word to either end; new ones work."""
 
     @abstractmethod
     def fail_node(self, name: str) -> None:
@@ -123,6 +128,9 @@ class ExistingCluster(Cluster):
             "signals to containers need the node: run this test on kind or on the built-in cluster (unset KUBECONFIG)"
         )
 
+    def cut_connections(self, namespace: str, pod: str) -> None:
+        raise ClusterError(CUT_HERE)
+
     def fail_node(self, name: str) -> None:
         raise ClusterError("nodes of a cluster that is not the tests' own are not failed: use kind or unset KUBECONFIG")
 
@@ -184,6 +192,9 @@ class KindCluster(Cluster):
         inspect = ["crictl", "inspect", "--output", "go-template", "--template", "{{.info.pid}}"]
         pid = self.run("docker", "exec", node, *inspect, identity.split("//")[1]).strip()
         self.run("docker", "exec", node, "kill", f"-{number}", pid)
+
+    def cut_connections(self, namespace: str, pod: str) -> None:
+        raise ClusterError(CUT_HERE)
 
     def fail_node(self, name: str) -> None:
         self.run("docker", "kill", name)

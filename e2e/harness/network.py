@@ -29,6 +29,8 @@ FIRST_POD_IP = IPv4Address("10.244.1.0")
 LAST_POD_IP = IPv4Address("10.244.255.254")
 SERVICE_CIDR = "10.96.0.0/16"
 PREFIX = "kvfleet-e2e"
+FIRST_EPHEMERAL_PORT = 32768
+"""Ports from here on are those of outgoing connections (Linux's ip_local_port_range)."""
 NETNS_DIR = Path("/run/netns")
 
 _CLONE_NEWNET = 0x40000000
@@ -109,6 +111,25 @@ async def delete_pod_namespace(cluster_id: str, number: int) -> None:
         await _ip_async(["netns", "delete", name])
 
 
+async def cut_connections(cluster_id: str, number: int) -> None:
+    """Packets of the connections that the pod has opened are lost from now on, both ways; new connections work."""
+    inside = ["ip", "netns", "exec", pod_namespace(cluster_id, number)]
+    table = await _run_async([*inside, "ss", "--numeric", "--no-header", "--tcp", "state", "established"])
+    own_ends = {int(line.split()[2].rpartition(":")[2]) for line in table.splitlines()}
+    opened = sorted(port for port in own_ends if port >= FIRST_EPHEMERAL_PORT)
+    if not opened:
+        raise NetworkError("the pod has opened no TCP connection that could be cut")
+    ports = ", ".join(map(str, opened))
+    rules = f"""
+        add table inet cut
+        add chain inet cut in {{ type filter hook input priority 0; }}
+        add chain inet cut out {{ type filter hook output priority 0; }}
+        add rule inet cut in tcp dport {{ {ports} }} drop
+        add rule inet cut out tcp sport {{ {ports} }} drop
+    """
+    await _run_async([*inside, "nft", "--file", "-"], rules)
+
+
 async def cut_off(number: int, address: str) -> None:
     """From now on packets to and from the pod are lost without an answer, as when its node is without power."""
     await _ip_batch([], f"link set pod{number} down", f"route add blackhole {address}/32")
@@ -159,13 +180,13 @@ async def _ip_batch(options: list[str], *lines: str) -> None:
 
 
 async def _ip_async(arguments: list[str], standard_input: str = "") -> None:
-    process = await asyncio.create_subprocess_exec(
-        "ip",
-        *arguments,
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    _, errors = await process.communicate(standard_input.encode())
+    await _run_async(["ip", *arguments], standard_input)
+
+
+async def _run_async(command: list[str], standard_input: str = "") -> str:
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, stderr=pipe)
+    output, errors = await process.communicate(standard_input.encode())
     if process.returncode != 0:
-        raise NetworkError(f"`ip {' '.join(arguments)}` failed: {errors.decode().strip()}")
+        raise NetworkError(f"`{' '.join(command)}` failed: {errors.decode().strip()}")
+    return output.decode()

@@ -2,6 +2,7 @@
 
     GET  /containerLogs/NAMESPACE/POD/CONTAINER   `kubectl logs`, with --follow, --previous, --tail
     POST /e2e/signal/NAMESPACE/POD/CONTAINER?number=9
+    POST /e2e/cut/NAMESPACE/POD
     POST /e2e/nodes/NODE/fail, /e2e/nodes/NODE/recover
 
 It listens inside the cluster's network namespace, where only the cluster and its tests are, and asks nobody who they are.
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from aiohttp import web
 
+from harness import network
 from harness.kubelet.config import KubeletConfig
 from harness.kubelet.container import Container
 from harness.kubelet.manager import Manager
@@ -33,6 +35,7 @@ class Server:
             [
                 web.get("/containerLogs/{namespace}/{pod}/{container}", self._logs),
                 web.post("/e2e/signal/{namespace}/{pod}/{container}", self._signal),
+                web.post("/e2e/cut/{namespace}/{pod}", self._cut),
                 web.post("/e2e/nodes/{node}/{action:fail|recover}", self._node),
             ]
         )
@@ -71,6 +74,16 @@ class Server:
     async def _signal(self, request: web.Request) -> web.Response:
         if not self._container(request).signal(int(request.query["number"])):
             raise web.HTTPConflict(text="the container does not run")
+        return web.Response()
+
+    async def _cut(self, request: web.Request) -> web.Response:
+        worker = self._manager.find(request.match_info["namespace"], request.match_info["pod"])
+        if worker is None:
+            raise web.HTTPNotFound(text=f"no such pod: {request.path}")
+        try:
+            await worker.cut_connections()
+        except network.NetworkError as error:
+            raise web.HTTPConflict(text=str(error)) from None
         return web.Response()
 
     async def _node(self, request: web.Request) -> web.Response:

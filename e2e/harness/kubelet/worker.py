@@ -142,6 +142,10 @@ class PodWorker:
     def container(self, name: str) -> Container | None:
         return next((item for item in [*self._init, *self._main] if item.name == name), None)
 
+    async def cut_connections(self) -> None:
+        """For tests. Raises NetworkError where there are none."""
+        await network.cut_connections(self.config.cluster_id, self._number)
+
     async def lose_power(self) -> None:
         """The node dies: all processes end, nobody is told, and no packet of theirs says goodbye."""
         self._silent = True
