@@ -111,6 +111,7 @@ def router(
         admin_port=admin_port,
         speed=speed,
         config_path=config,
+        adapt=None if strategy is None else lambda reloaded: fleet.with_strategy(reloaded, strategy),
         source=source,
         tls_cert=tls_cert,
         tls_key=tls_key,
