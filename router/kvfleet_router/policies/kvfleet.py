@@ -6,7 +6,7 @@
     harm   = aP·own·n_dec + bD·E·[(H + C·(L + E/2))·n1 + H·n1 + C·ctx]                 what it slows, and is slowed
     evict  = gE·max(0, u + E − free)·Pp·exp(−age of the LRU tail / 60 s)               what it pushes out of the cache
     slo    = gI·[v(itl1) + n1·(v(itl1) − v(itl0))] + gT·σ((TTFT − m·slack)/(.05·slack))   marginal goodput
-             + gS·F(1 + own/(SLO − itl0))·(n_pending + n_dec/3)                            F: share of answers so short
+             + gS·[F(1 + own/(SLO − itl0)) − F(1)]·(n_pending + n_dec/3)                   F: share of answers so short
              itl0 = step/(1 − share), itl1 = (step + H + C·L)/(1 − share − own/20 s), share = time spent in prefill
              v(x) = σ((x − m·SLO)/(.06·SLO)), m = the margin
     ΔE     = ep·u + E·(E1 + Ec·(L + E/2)) + (E0 − P_idle·W)·E/(n1 + 1)                 joules it adds
@@ -15,9 +15,10 @@
 
 Intent. Backlog is measured in time, so a short prompt does not queue behind an 80k one. The SLO term is marginal: a worker
 beyond its SLO costs nothing more, so overload is concentrated instead of pushing every worker just over the line. Its stall
-term is what means over 20 s miss: an answer of few tokens has no time to recover from one long prefill right behind its
-own, and the prompts pending on a worker are exactly those whose answers begin when this prefill does. While the winner's
-backlog exceeds θ the request stays at the router, where it can still go elsewhere.
+term is what means over 20 s miss: an answer of few tokens (more than one: that has no gap to be stalled) has no time to
+recover from one long prefill right behind its own, and the prompts pending on a worker are exactly those whose answers
+begin when this prefill does. While the winner's backlog exceeds θ the request stays at the router, where it can still go
+elsewhere.
 
 With energy, the SLO weighs more and its margin is earlier (the guard), and joules have a price: load gathers on few
 workers. As load rises the price and the guard fade out, until the policy is the latency policy again.
@@ -62,7 +63,7 @@ class Weights:
 LATENCY = Weights(
     own_prefill=1.5,
     prefill_harm=0.02,
-    decode_harm=0.01,
+    decode_harm=0.03,
     eviction=1.0,
     hold_above_s=0.2,
     itl_slo_s=0.0,
@@ -73,7 +74,7 @@ LATENCY = Weights(
 GOODPUT = Weights(
     own_prefill=3.0,
     prefill_harm=0.0,
-    decode_harm=0.01,
+    decode_harm=0.03,
     eviction=1.0,
     hold_above_s=0.1,
     itl_slo_s=0.3,
@@ -81,8 +82,8 @@ GOODPUT = Weights(
     stall_s=0.6,
 )
 """GP: most requests inside their SLO; the default."""
-GUARD = replace(GOODPUT, itl_slo_s=1.0, ttft_slo_s=1.0, stall_s=2.0, itl_margin=0.6, ttft_margin=0.6)
-"""GP while energy has its full price: the SLO weighs more, and from 60 % on."""
+GUARD = replace(GOODPUT, decode_harm=0.01, itl_slo_s=1.0, ttft_slo_s=1.0, stall_s=2.0, itl_margin=0.6, ttft_margin=0.6)
+"""GP while energy has its full price: the SLO weighs more, and from 60 % on; slower steps are what gathering load costs."""
 
 ENERGY_FULL_BELOW_LOAD = 0.3
 ENERGY_OFF_ABOVE_LOAD = 0.5
@@ -159,7 +160,8 @@ class KVFleet(Policy):
                 itl = step / (free if free > MIN_DECODE_SHARE else MIN_DECODE_SHARE)
                 slo += weights.itl_slo_s * sequences * (after - _sigmoid((itl - middle) / width))
                 spare, least = target - itl, MIN_SPARE_ITL * target
-                stalled = arrival.outputs.share_up_to(1.0 + own / (spare if spare > least else least))
+                outputs = arrival.outputs
+                stalled = outputs.share_up_to(1.0 + own / (spare if spare > least else least)) - outputs.shares[0]
                 slo += weights.stall_s * stalled * (pending + decoding * STALLED_DECODING)
         slack = arrival.deadline - now
         if weights.ttft_slo_s and slack > 0.0:
@@ -201,7 +203,8 @@ class KVFleet(Policy):
             itl = step / np.maximum(free, MIN_DECODE_SHARE)
             slo = weights.itl_slo_s * (after + sequences * (after - _sigmoids((itl - middle) / width)))
             spare = np.maximum(target - itl, MIN_SPARE_ITL * target)
-            stalled = np.interp(1.0 + own / spare, OUTPUT_EDGES, arrival.outputs.shares)
+            shares = arrival.outputs.shares
+            stalled = np.interp(1.0 + own / spare, OUTPUT_EDGES, shares) - shares[0]
             slo += weights.stall_s * stalled * (pending + decoding * STALLED_DECODING)
         slack = arrival.deadline - now
         if weights.ttft_slo_s and slack > 0.0:
@@ -218,7 +221,7 @@ class KVFleetLatency(KVFleet):
 
 
 def _between(low: Weights, high: Weights, share: float) -> Weights:
-    return Weights(*(a + share * (b - a) for a, b in zip(astuple(low), astuple(high), strict=True)))
+    return Weights(*((1.0 - share) * a + share * b for a, b in zip(astuple(low), astuple(high), strict=True)))
 
 
 def _sigmoid(x: float) -> float:

@@ -122,7 +122,8 @@ def test_the_slo_part_is_the_formula():
     ttft = parts["backlog"] + own + parts["step"] + parts["kv_wait"]
     slack = arrival.deadline - fleet.now
     expected = GOODPUT.itl_slo_s * (after + 20 * (after - v(itl)))
-    expected += GOODPUT.stall_s * arrival.outputs.share_up_to(1 + own / (0.012 - itl)) * 20 / 3
+    stalled = arrival.outputs.share_up_to(1 + own / (0.012 - itl)) - arrival.outputs.share_up_to(1)
+    expected += GOODPUT.stall_s * stalled * 20 / 3
     expected += GOODPUT.ttft_slo_s * sigmoid((ttft - 0.9 * slack) / (0.05 * slack))
     assert parts["slo"] == pytest.approx(expected)
 
@@ -137,6 +138,16 @@ def test_short_answers_about_to_begin_keep_long_prefills_away():
         fleet.sent(request(10, prefix=("pending", n)))
     assert parts_of(fleet, request(2000))[0]["slo"] > before + 2.0
     assert parts_of(fleet, request(4))[0]["slo"] < 0.5
+
+
+def test_an_answer_of_one_token_cannot_be_stalled():
+    """Where most answers are one token, a cached prompt costs next to nothing on a worker with a full batch."""
+    fleet = one_worker()
+    for n in range(100):
+        fleet.answer(fleet.sent(request(10, prefix=("label", n))), output_tokens=1)
+    fleet.now += 500
+    decoding(fleet, 20)
+    assert parts_of(fleet, request(4))[0]["slo"] < 0.05
 
 
 def test_a_deadline_out_of_reach_costs_no_more():
