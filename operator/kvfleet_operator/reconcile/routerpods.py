@@ -22,6 +22,7 @@ TEARDOWN_S: Final = 10
 USER_ID: Final = 65532
 NOT_SUPPORTED: Final[Mapping[str, Callable[[FleetRouterSpec], bool]]] = {
     "spec.processes": lambda spec: spec.processes > 1,
+    "spec.redis": lambda spec: spec.redis is not None,
 }
 """Field → whether it asks for something that this version's router cannot do. Its pods are made without it."""
 
