@@ -82,8 +82,8 @@ GOODPUT = Weights(
     stall_s=0.6,
 )
 """GP: most requests inside their SLO; the default."""
-GUARD = replace(GOODPUT, decode_harm=0.01, itl_slo_s=1.0, ttft_slo_s=1.0, stall_s=2.0, itl_margin=0.6, ttft_margin=0.6)
-"""GP while energy has its full price: the SLO weighs more, and from 60 % on; slower steps are what gathering load costs."""
+GUARD = replace(GOODPUT, itl_slo_s=1.0, ttft_slo_s=1.0, itl_margin=0.6, ttft_margin=0.6)
+"""GP while energy has its full price: the SLO weighs more, and from 60 % on."""
 
 ENERGY_FULL_BELOW_LOAD = 0.3
 ENERGY_OFF_ABOVE_LOAD = 0.5
