@@ -34,7 +34,8 @@ def main() -> None:
     arguments = parse()
     console = Console(stderr=True)
     loads = find_loads(arguments.data, arguments.trace, arguments.limit, console)
-    sections, found = [], {}
+    sections: list[str] = []
+    found: dict[str, dict[str, float]] = {}
     started = time.monotonic()
     for workers in arguments.workers:
         for name, source in loads.items():
@@ -55,9 +56,16 @@ def main() -> None:
             simulate_plot.draw(report, plot, title=f"{name}, {workers} workers")
             sections.append(section(f"{name}, {workers} workers", report, f"policies/{plot.name}"))
             found[f"{name}, {workers}"] = capacities(report)
+            write(arguments, sections, found, time.monotonic() - started)
+
+
+def write(
+    arguments: argparse.Namespace, sections: list[str], found: dict[str, dict[str, float]], took_s: float
+) -> None:
+    """The page as far as it goes: an interrupted run leaves what it has."""
     text = HEADER.format(
-        command=" ".join(["python", *sys.argv]).replace(str(arguments.data), "DATA_DIR"),
-        minutes=math.ceil((time.monotonic() - started) / 60),
+        command=" ".join(["python bench/policies.py DATA_DIR", *sys.argv[2:]]),
+        minutes=math.ceil(took_s / 60),
         jobs=arguments.jobs,
         share=f"{WANTED_ATTAINMENT:.0%}",
         capacity=capacity_table(found, arguments.policy) if arguments.capacity else "Not searched in this run.",
@@ -132,11 +140,15 @@ def section(title: str, report: Report, plot: str) -> str:
 
 
 def capacity_table(found: dict[str, dict[str, float]], policies: list[str]) -> str:
-    lines = ["| load, workers | " + " | ".join(policies) + " |", "| --- |" + " ---: |" * len(policies)]
-    for name, rates in found.items():
-        best = max(rates.values())
-        cells = [f"**{rates[p]:.2f}**" if rates[p] == best else f"{rates[p]:.2f}" for p in policies]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+    """Policies down, fleets across, the best of each fleet in bold."""
+    best = {name: max(rates.values()) for name, rates in found.items()}
+    lines = ["| policy | " + " | ".join(found) + " |", "| --- |" + " ---: |" * len(found)]
+    for policy in policies:
+        cells = [
+            f"**{rates[policy]:.2f}**" if rates[policy] == best[name] else f"{rates[policy]:.2f}"
+            for name, rates in found.items()
+        ]
+        lines.append(f"| {policy} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
