@@ -21,9 +21,9 @@ from kvfleet import simulate, simulate_plot
 from kvfleet.fleet import compile_manifests
 from kvfleet.simulate import COLUMNS, Experiment, Report, capacities, means
 from kvfleet_api.manifests import load
-from kvfleet_sim.fleet import policy_names
 from kvfleet_sim.saturation import WANTED_ATTAINMENT
 from kvfleet_sim.traces import TraceError
+from kvfleet_sim.variants import policy_names
 from kvfleet_sim.workload import KINDS, Load, open_load
 
 ROOT = Path(__file__).parents[1]

@@ -244,7 +244,10 @@ def simulate(
     workers: Annotated[
         int | None, typer.Option(min=1, max=4096, help="Workers of each pool, instead of spec.replicas.")
     ] = None,
-    replicas: Annotated[int, typer.Option(min=1, max=64, help="Routers that know nothing of each other.")] = 1,
+    replicas: Annotated[int, typer.Option(min=1, max=64, help="Routers in front of the workers.")] = 1,
+    share_milliseconds: Annotated[
+        int | None, typer.Option(min=1, help="How often routers tell each other what they have in flight. Default: never.")
+    ] = None,
     calibration_error: Annotated[
         float,
         typer.Option(
@@ -267,7 +270,8 @@ def simulate(
     """
     from kvfleet import simulate as command
     from kvfleet import simulate_plot
-    from kvfleet_sim.fleet import Options, with_policy
+    from kvfleet_sim.fleet import Options
+    from kvfleet_sim.variants import with_policy
     from kvfleet_sim.workload import open_load
 
     console = Console()
@@ -282,7 +286,12 @@ def simulate(
         if plot is not None:
             simulate_plot.check(plot)
         source = open_load(trace, limit)
-        options = Options(replicas=replicas, kv_events=kv_events, calibration_error=calibration_error)
+        options = Options(
+            replicas=replicas,
+            share_s=share_milliseconds / 1000 if share_milliseconds else None,
+            kv_events=kv_events,
+            calibration_error=calibration_error,
+        )
         experiment = command.Experiment(config, model, source, options)
         report = command.run_experiment(
             experiment,

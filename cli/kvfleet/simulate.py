@@ -7,8 +7,10 @@ are spread over processes, and any number of processes gives the same figures.
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -23,9 +25,10 @@ from rich.table import Table
 
 from kvfleet_api.fleetconfig import FleetConfig
 from kvfleet_api.manifests import Manifests
-from kvfleet_sim.fleet import Options, simulate, with_policy, with_simulated_workers
+from kvfleet_sim.fleet import Options, simulate
 from kvfleet_sim.outcomes import Figures, Slo, figures
 from kvfleet_sim.saturation import WANTED_ATTAINMENT, saturation_rps, slo_capacity_rps
+from kvfleet_sim.variants import with_policy, with_simulated_workers
 from kvfleet_sim.workload import Load
 
 CDF_POINTS = 200
@@ -127,7 +130,7 @@ def run_experiment(
 ) -> Report:
     """Find the saturation rate, then run every policy at every load and, if asked, search its capacity."""
     requests = len(experiment.load.requests(1.0, 0))
-    with _progress(console) as progress:
+    with _terminable(), _progress(console) as progress:
         bar = progress.add_task("saturation rate", total=None)
         saturation = saturation_rps(
             experiment.config, experiment.load, experiment.model, lambda count: progress.advance(bar, count)
@@ -145,6 +148,16 @@ def run_experiment(
         ]
         capacities = list(_run_all(experiment, searches, jobs, progress, "capacities found", 1))
     return Report(saturation, results, capacities)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the run as Ctrl-C does: with everything it started."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run_all(
@@ -167,8 +180,9 @@ def _run_all(
             for _ in as_completed(futures):
                 progress.advance(bar, weight)
             yield from (future.result() for future in futures)
-        except BaseException:
-            executor.shutdown(wait=False, cancel_futures=True)
+        except BaseException:  # an error, Ctrl-C, or SIGTERM: nothing goes on without us
+            for process in multiprocessing.active_children():
+                process.terminate()
             raise
 
 

@@ -7,7 +7,7 @@ One heap of events moves the clock: requests due, ticks that a router with held 
 next time something of it can become visible. An engine is run up to that time and no further, steps that only decode are
 taken together, and nothing is done per token. So a decision sees exactly what has happened by then, and nothing later.
 
-`Event` order at equal times: engines report, then requests arrive, then routers tick.
+At equal times engines report first, then requests arrive, then routers tick, then they tell each other.
 """
 
 from __future__ import annotations
@@ -15,26 +15,28 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass
 from functools import partial
 from heapq import heapify, heappop, heappush
+from operator import add
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from kvfleet_api.cost import CostModel
-from kvfleet_api.fleetconfig import Endpoint, FleetConfig, PoolConfig
+from kvfleet_api.fleetconfig import FleetConfig, PoolConfig
 from kvfleet_router.core.dispatcher import HELD_TICK_S, Dispatcher, Held, Refusal, Ticket
 from kvfleet_router.core.parse import ParsedRequest
+from kvfleet_router.core.worker import Load
 from kvfleet_router.policies import REGISTRY
 from kvfleet_sim.engine import Engine
 from kvfleet_sim.request import Request, StepResult
 from kvfleet_sim.traces import BYTES_PER_TOKEN
+from kvfleet_sim.variants import as_believed, uses_events
 from kvfleet_sim.workload import LoadRequest
 
-ENGINE, ARRIVAL, TICK = range(3)
+ENGINE, ARRIVAL, TICK, SHARE = range(4)
 PROGRESS_EVERY: Final = 64
 """Requests between two reports of progress."""
 TOO_LONG: Final = "too_long"
@@ -48,7 +50,9 @@ class Options:
     """How the simulated fleet differs from the one configured."""
 
     replicas: int = 1
-    """Routers in front of the workers; each knows only what it sent itself."""
+    """Routers in front of the workers; each knows what it sent itself."""
+    share_s: float | None = None
+    """How often routers tell each other what they have in flight; none: never."""
     kv_events: bool | None = None
     """Whether engines tell the routers what they cache; none: as the configuration says."""
     calibration_error: float = 1.0
@@ -101,41 +105,6 @@ class _Flight:
     first_token_s: float | None = None
 
 
-def with_simulated_workers(config: FleetConfig, replicas: dict[str, int]) -> FleetConfig:
-    """The fleet with so many workers in each pool; raises ValueError where that leaves nothing to simulate."""
-    pools = []
-    for pool in config.pools:
-        if pool.role != "Unified":
-            raise ValueError(f"ModelPool {pool.name}: role {pool.role} cannot be simulated: only Unified pools can")
-        names = [f"{pool.name}-{number}" for number in range(replicas.get(pool.name, 0))]
-        pools.append(
-            pool.model_copy(update={"endpoints": [Endpoint(name=n, url=f"http://{n}.invalid:80") for n in names]})
-        )
-    if not any(pool.endpoints for pool in pools):
-        raise ValueError("the fleet has no worker: set spec.replicas (or autoscaling.minReplicas) above 0")
-    return config.model_copy(update={"pools": pools})
-
-
-def with_policy(config: FleetConfig, policy: str) -> FleetConfig:
-    """The fleet under a strategy of the router's registry; `NAME:energy` sets energy mode Prefer, plain NAME sets Off.
-
-    `manifests` leaves every RoutingPolicy as it is. Raises ValueError for an unknown name.
-    """
-    if policy == "manifests":
-        return config
-    name, _, variant = policy.partition(":")
-    if name not in REGISTRY or variant not in ("", "energy") or (variant and "energy" not in REGISTRY[name].parts):
-        raise ValueError(f"policy {policy!r} is not known: use one of {', '.join(policy_names())}")
-    update = {"strategy": name, "energy_mode": "Prefer" if variant else "Off"}
-    return config.model_copy(update={"policies": [p.model_copy(update=update) for p in config.policies]})
-
-
-def policy_names() -> list[str]:
-    """Everything `with_policy` takes."""
-    energy = [f"{name}:energy" for name, policy in REGISTRY.items() if "energy" in policy.parts]
-    return sorted([*REGISTRY, *energy, "manifests"])
-
-
 def simulate(
     config: FleetConfig,
     load: Sequence[LoadRequest],
@@ -168,7 +137,7 @@ class _Simulation:
         self._model = model
         self._on_progress = on_progress
         self._now_s = 0.0
-        self._kv_events = _uses_events(config) if options.kv_events is None else options.kv_events
+        self._kv_events = uses_events(config) if options.kv_events is None else options.kv_events
         self._workers = [
             _Worker(endpoint.name, self._engine(pool, block_tokens), pool)
             for pool in config.pools
@@ -176,7 +145,7 @@ class _Simulation:
         ]
         self._by_name = {worker.name: worker for worker in self._workers}
         self._numbers = {worker.name: number for number, worker in enumerate(self._workers)}
-        believed = _as_believed(config, block_tokens, options.calibration_error)
+        believed = as_believed(config, block_tokens, options.calibration_error)
         self._routers = [
             Dispatcher(
                 believed,
@@ -195,6 +164,9 @@ class _Simulation:
         self._events = [
             (request.start_s, ARRIVAL, number) for number, request in enumerate(load) if request.start_s is not None
         ]
+        self._share_s = options.share_s
+        if options.share_s is not None and options.replicas > 1:
+            self._events.append((0.0, SHARE, 0))
         heapify(self._events)
         self._results = np.full((6, len(load)), np.nan)
         self._failures: Counter[str] = Counter()
@@ -218,9 +190,12 @@ class _Simulation:
             elif kind == ARRIVAL:
                 self._now_s = time_s
                 self._arrive(number)
-            else:
+            elif kind == TICK:
                 self._now_s = time_s
                 self._tick(number)
+            elif self._ended < len(self._load):
+                self._now_s = time_s
+                self._share()
             while self._outgoing:
                 self._deliver(*self._outgoing.pop())
         if self._ended != len(self._load):
@@ -278,6 +253,14 @@ class _Simulation:
         self._ticking[router] = wanted_s is not None
         if wanted_s is not None:
             heappush(self._events, (self._now_s + max(wanted_s, 0.001), TICK, router))
+
+    def _share(self) -> None:
+        """Every router learns what all others have in flight now."""
+        told = [router.loads() for router in self._routers]
+        for number, router in enumerate(self._routers):
+            router.told(_summed(loads for other, loads in enumerate(told) if other != number))
+        assert self._share_s is not None
+        heappush(self._events, (self._now_s + self._share_s, SHARE, 0))
 
     def _deliver(self, worker: _Worker, flight: _Flight) -> None:
         """The request reaches its engine, which is first brought to this moment."""
@@ -358,30 +341,11 @@ class _Simulation:
             self._on_progress(PROGRESS_EVERY)
 
 
-def _uses_events(config: FleetConfig) -> bool:
-    """Engines publish KV events, and no policy insists on the approximate view."""
-    published = all(pool.kv_events_port for pool in config.pools)
-    return published and all(policy.prefix.source != "Approximate" for policy in config.policies)
-
-
-def _as_believed(config: FleetConfig, block_tokens: int, error: float) -> FleetConfig:
-    """The configuration the routers load: in blocks of the load, and as wrong about the workers as asked for."""
-    pools = [pool.model_copy(update={"cost": _misjudged(pool.cost, error)}) for pool in config.pools]
-    policies = [
-        policy.model_copy(
-            update={"prefix": policy.prefix.model_copy(update={"block_bytes": block_tokens * BYTES_PER_TOKEN})}
-        )
-        for policy in config.policies
-    ]
-    return config.model_copy(update={"pools": pools, "policies": policies})
-
-
-def _misjudged(cost: CostModel, error: float) -> CostModel:
-    return replace(
-        cost,
-        prefill_s_per_token=cost.prefill_s_per_token * error,
-        prefill_s_per_token_pair=cost.prefill_s_per_token_pair * error,
-        step_s=cost.step_s / error,
-        step_s_per_sequence=cost.step_s_per_sequence / error,
-        step_s_per_context_token=cost.step_s_per_context_token / error,
-    )
+def _summed(loads: Iterable[Mapping[str, Load]]) -> dict[str, Load]:
+    """What several routers have in flight, by worker."""
+    total: dict[str, Load] = {}
+    for by_worker in loads:
+        for name, load in by_worker.items():
+            before = total.get(name)
+            total[name] = load if before is None else Load(*map(add, astuple(before), astuple(load)))
+    return total

@@ -17,7 +17,8 @@ import numpy as np
 
 from kvfleet_api.cost import CostModel
 from kvfleet_api.fleetconfig import FleetConfig
-from kvfleet_sim.fleet import Array, simulate, with_policy
+from kvfleet_sim.fleet import Array, simulate
+from kvfleet_sim.variants import with_policy
 from kvfleet_sim.workload import Load, LoadRequest
 
 REFERENCE: Final = "lmetric"

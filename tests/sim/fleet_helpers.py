@@ -6,7 +6,7 @@ from engine_workloads import cost_model
 
 from kvfleet_api.fleetconfig import FleetConfig, PolicyConfig, PoolConfig, WeightedPool
 from kvfleet_api.routingpolicy import AdmissionSpec
-from kvfleet_sim.fleet import with_simulated_workers
+from kvfleet_sim.variants import with_simulated_workers
 from kvfleet_sim.workload import LoadRequest
 
 MODEL = "llama-8b"

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from kvfleet_api.fleetconfig import FleetConfig
 from kvfleet_router.policies import REGISTRY
 from kvfleet_sim.engine import Engine
-from kvfleet_sim.fleet import Options, Run, policy_names, simulate, with_policy, with_simulated_workers
+from kvfleet_sim.fleet import Options, Run, simulate
 from kvfleet_sim.request import Request
+from kvfleet_sim.variants import policy_names, with_policy, with_simulated_workers
 from kvfleet_sim.workload import LoadRequest
 
 
@@ -103,6 +104,7 @@ def loads(draw: st.DrawFn) -> list[LoadRequest]:
     workers=st.integers(1, 3),
     policy=st.sampled_from(policy_names()),
     replicas=st.integers(1, 2),
+    share_s=st.sampled_from([None, 0.01, 1.0]),
     kv_events=st.booleans(),
     most=st.sampled_from([None, 1, 4]),
     queue=st.sampled_from([0, 2, 1024]),
@@ -114,6 +116,7 @@ def test_every_request_completes_or_fails_exactly_once(
     workers: int,
     policy: str,
     replicas: int,
+    share_s: float | None,
     kv_events: bool,
     most: int | None,
     queue: int,
@@ -121,7 +124,7 @@ def test_every_request_completes_or_fails_exactly_once(
 ) -> None:
     limits = {"queue": queue} if most is None else {"queue": queue, "most": most}
     config = with_policy(small_fleet(workers, **limits), policy)
-    ended = run(config, load, seed=seed, replicas=replicas, kv_events=kv_events)
+    ended = run(config, load, seed=seed, replicas=replicas, share_s=share_s, kv_events=kv_events)
 
     done = ended.completed
     assert done.sum() + ended.failures.total() == len(load)
@@ -180,6 +183,18 @@ def test_routers_that_do_not_know_each_other_place_worse() -> None:
     alone, many = run(config, load), run(config, load, replicas=8)
     assert many.completed.all()
     assert np.mean(many.ttft_s) > 1.2 * np.mean(alone.ttft_s)
+
+
+def test_routers_that_tell_each_other_place_better() -> None:
+    config, load = small_fleet(4, strategy="least_request"), steady_load(300, 0.008, families=300)
+    apart, together = run(config, load, replicas=8), run(config, load, replicas=8, share_s=0.002)
+    assert together.completed.all()
+    assert np.mean(together.ttft_s) < 0.9 * np.mean(apart.ttft_s)
+
+
+def test_a_lone_router_has_nobody_to_tell() -> None:
+    config, load = small_fleet(2, strategy="kvfleet"), steady_load(40)
+    assert same(run(config, load), run(config, load, share_s=0.01))
 
 
 def test_an_idle_fleet_draws_its_idle_power() -> None:

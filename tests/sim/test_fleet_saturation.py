@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvfleet_api.fleetconfig import FleetConfig
-from kvfleet_sim.fleet import Run, simulate, with_policy
+from kvfleet_sim.fleet import Run, simulate
 from kvfleet_sim.outcomes import Slo, figures, unloaded_ttft_s
 from kvfleet_sim.saturation import answered_rps, saturation_rps, slo_capacity_rps
+from kvfleet_sim.variants import with_policy
 from kvfleet_sim.workload import SharedPrefixLoad
 
 LOAD = SharedPrefixLoad(600, prefixes=4, prefix_tokens=64, suffix_tokens=80, output_tokens=20)
