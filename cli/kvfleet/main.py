@@ -246,7 +246,8 @@ def simulate(
     ] = None,
     replicas: Annotated[int, typer.Option(min=1, max=64, help="Routers in front of the workers.")] = 1,
     share_milliseconds: Annotated[
-        int | None, typer.Option(min=1, help="How often routers tell each other what they have in flight. Default: never.")
+        int | None,
+        typer.Option(min=1, help="How often routers tell each other what they have in flight. Default: never."),
     ] = None,
     calibration_error: Annotated[
         float,
