@@ -23,8 +23,12 @@ KEYS = {
 }
 
 
+def heed_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def demo(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
-    """The demo; TMPDIR marks every process that belongs to it."""
+    """The demo; TMPDIR marks every process that belongs to it. Ctrl-C works also where the tests' own shell ignores it."""
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     return subprocess.Popen(
@@ -33,6 +37,7 @@ def demo(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
         env={**os.environ, "TMPDIR": str(scratch)},
+        preexec_fn=heed_ctrl_c,
     )
 
 

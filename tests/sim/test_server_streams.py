@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import openai
 import pytest
@@ -103,6 +103,9 @@ async def test_a_stop_string_ends_the_text_before_it() -> None:
     assert by_id["usage"]["completion_tokens"] == 3
 
 
+FIRST_TOKENS_OF_3 = 'vllm:time_to_first_token_seconds_count{engine="0",model_name="llama-8b"} 3.0'
+
+
 async def test_a_client_that_leaves_frees_its_blocks() -> None:
     async with serving("llama-8b", speed=1.0) as server:
         engine = server.worker.engine
@@ -110,6 +113,8 @@ async def test_a_client_that_leaves_frees_its_blocks() -> None:
         await stream.read_until(b"data:")
         waiting = asyncio.create_task(complete(server, "y" * 400, 100_000))
         await until(lambda: engine.num_running == 3)
+        while FIRST_TOKENS_OF_3 not in (await call(server, "GET", "/metrics")).body.decode():
+            pass  # the third request's first step is still running
         assert engine.cache.usage > 0
         await stream.close()
         await until(lambda: engine.num_running == 1)
@@ -122,7 +127,7 @@ async def test_a_client_that_leaves_frees_its_blocks() -> None:
         metrics = (await call(server, "GET", "/metrics")).body.decode()
     assert 'vllm:request_success_total{engine="0",finished_reason="abort",model_name="llama-8b"} 0.0' in metrics
     assert 'vllm:e2e_request_latency_seconds_count{engine="0",model_name="llama-8b"} 0.0' in metrics
-    assert 'vllm:time_to_first_token_seconds_count{engine="0",model_name="llama-8b"} 3.0' in metrics
+    assert FIRST_TOKENS_OF_3 in metrics
 
 
 async def test_a_client_that_does_not_read_gets_merged_tokens_later() -> None:
@@ -149,7 +154,9 @@ async def test_stream_interval_groups_tokens() -> None:
     async with serving("llama-8b", "--stream-interval", "5", speed=10.0) as server:
         answer = await complete(server, "x", 18, stream=True)
     texts = [event["choices"][0]["text"] for event in answer.events[:-1]]
-    assert [len(text) // 4 for text in texts] == [1, 5, 5, 5, 2]
+    ends = set(accumulate(len(text) // 4 for text in texts))
+    assert ends <= {1, 6, 11, 16, 18}, "a busy machine may join groups, never split one"
+    assert 18 in ends
 
 
 async def test_pipelined_requests_are_answered_in_order() -> None:
