@@ -227,7 +227,9 @@ def operator(
 @app.command()
 def simulate(
     filename: Files,
-    trace: Annotated[str, typer.Option(help="Trace file (Mooncake, LMCache or Azure format), or `shared-prefix`.")],
+    trace: Annotated[
+        str, typer.Option(help="Trace file (Mooncake, LMCache, Azure or ServeGen format), or `shared-prefix`.")
+    ],
     policy: Annotated[
         list[str] | None,
         typer.Option(

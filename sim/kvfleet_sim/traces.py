@@ -5,7 +5,7 @@ Prompts themselves are never in a trace. A row names its prefix by ids: an equal
 including that block. `prompt_text` turns ids into text, so that equal ids become equal bytes.
 
 Formats: Mooncake (FAST'25 release: JSON lines, `hash_ids` of 512 tokens), LMCache agent traces (JSON lines by session),
-Azure LLM inference 2023 (CSV without prefixes).
+Azure LLM inference (CSV without prefixes). Rates without requests (ServeGen) are rates.py.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def read_trace(path: Path | str, *, limit: int | None = None) -> list[TraceRow]:
     """
     path = Path(path)
     try:
-        with _open(path) as lines:
+        with open_text(path) as lines:
             first = lines.readline(MAX_LINE_BYTES)
             lines.seek(0)
             rows = _reader(path, first)(path, lines)
@@ -98,7 +98,8 @@ def at_rate(rows: Sequence[TraceRow], factor: float) -> list[TraceRow]:
     return [replace(row, arrival_s=(row.arrival_s - start_s) / factor) for row in rows]
 
 
-def _open(path: Path) -> io.TextIOWrapper:
+def open_text(path: Path) -> io.TextIOWrapper:
+    """The file as text, plain or .gz. Raises OSError."""
     raw = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # noqa: SIM115 - the wrapper closes it
     return io.TextIOWrapper(raw, encoding="utf-8", newline="")
 
@@ -114,7 +115,8 @@ def _reader(path: Path, first: str) -> Any:
             return _read_mooncake
     raise TraceError(
         f"{path}: line 1: unknown format: expected Mooncake JSON lines (timestamp, input_length, output_length, hash_ids), "
-        "LMCache agent JSON lines (session_id, session_time_ms, …) or Azure CSV (TIMESTAMP,ContextTokens,GeneratedTokens)"
+        "LMCache agent JSON lines (session_id, session_time_ms, …), Azure CSV (TIMESTAMP,ContextTokens,GeneratedTokens) "
+        "or ServeGen client rates (CSV without header, or .tar.gz of them)"
     )
 
 
@@ -153,8 +155,8 @@ def _read_azure(path: Path, lines: io.TextIOWrapper) -> Iterator[TraceRow]:
     start: datetime | None = None
     for number, record in enumerate(csv.DictReader(lines), 2):
         try:
-            # Seven fractional digits; datetime takes six.
-            arrival = datetime.fromisoformat(record["TIMESTAMP"][:26])
+            # Seven fractional digits (2023), or six and a zone (2024); datetime takes six.
+            arrival = datetime.fromisoformat(record["TIMESTAMP"][:26]).replace(tzinfo=None)
         except (KeyError, ValueError, TypeError) as error:
             raise TraceError(
                 f"{path}: line {number}: TIMESTAMP: not a time ({error}): use 2023-11-16 18:15:46.6805900"

@@ -5,6 +5,7 @@
     SessionLoad       a trace with sessions: an endless stream of its sessions, of which the requests due in one window are
                       sent. The rate scales how often sessions start. A turn is sent when the answer to the one before is
                       complete and the think time is over, so slow answers slow their session down.
+    RateLoad          clients' rates over time (ServeGen), with generated lengths.
     SharedPrefixLoad  generated: Poisson arrivals, each prompt one of many equally popular prefixes and a text of its own.
 
 Block keys are the trace's: an equal key means an equal prompt up to the end of that block. A last part of a block has none.
@@ -22,6 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import Protocol
 
+from kvfleet_sim.rates import Client, arrivals, is_rates, read_rates
 from kvfleet_sim.traces import TraceError, TraceRow, read_trace
 
 SHARED_PREFIX = "shared-prefix"
@@ -159,12 +161,42 @@ class SharedPrefixLoad:
         for _ in range(self._count):
             now_s += draw.expovariate(rate_rps)
             first = draw.randrange(self._prefixes) * blocks
-            own_tokens = min(max(1, round(draw.lognormvariate(math.log(self._suffix_tokens), 0.6))), 8192)
+            own_tokens = _lognormal_tokens(draw, self._suffix_tokens, 8192)
             own_blocks = own_tokens // self.block_tokens
             keys = [*range(first, first + blocks), *range(next_key, next_key + own_blocks)]
             next_key += own_blocks
-            output = min(max(1, round(draw.lognormvariate(math.log(self._output_tokens), 0.6))), 4096)
+            output = _lognormal_tokens(draw, self._output_tokens, 4096)
             found.append(LoadRequest(blocks * self.block_tokens + own_tokens, output, keys, now_s))
+        return found
+
+
+class RateLoad:
+    """Requests at the rates of clients (rates.py), which tell nothing else: lengths are made up, log-normal around these
+    medians, and each client has a system prompt of its own."""
+
+    block_tokens = 64
+    system_prompt_tokens = 1024
+    prompt_tokens = 600.0
+    """Without the system prompt."""
+    output_tokens = 250.0
+
+    def __init__(self, clients: Sequence[Client], count: int) -> None:
+        self._clients = clients
+        self._count = count
+
+    def requests(self, rate_rps: float, seed: int, *, patient: bool = True) -> list[LoadRequest]:
+        draw = random.Random(seed)
+        blocks = self.system_prompt_tokens // self.block_tokens
+        next_key = len(self._clients) * blocks
+        found = []
+        for at_s, client in arrivals(self._clients, rate_rps, self._count, draw):
+            own_tokens = _lognormal_tokens(draw, self.prompt_tokens, 8192)
+            own_blocks = own_tokens // self.block_tokens
+            first = client * blocks
+            keys = [*range(first, first + blocks), *range(next_key, next_key + own_blocks)]
+            next_key += own_blocks
+            output = _lognormal_tokens(draw, self.output_tokens, 4096)
+            found.append(LoadRequest(self.system_prompt_tokens + own_tokens, output, keys, at_s))
         return found
 
 
@@ -177,10 +209,17 @@ def open_load(trace: str, limit: int | None = None) -> Load:
         return SharedPrefixLoad(limit or GENERATED_REQUESTS)
     if not Path(trace).exists():
         raise TraceError(f"{trace}: no such file: give the path of a trace, or one of {', '.join(KINDS)}")
+    if is_rates(Path(trace)):
+        return RateLoad(read_rates(Path(trace)), limit or GENERATED_REQUESTS)
     rows = read_trace(trace)
     if any(row.session for row in rows):
         return SessionLoad(rows, limit or SESSION_REQUESTS)
     return TraceLoad(rows[:limit])
+
+
+def _lognormal_tokens(draw: random.Random, median_tokens: float, longest: int) -> int:
+    """A made-up length: skewed as lengths are."""
+    return min(max(1, round(draw.lognormvariate(math.log(median_tokens), 0.6))), longest)
 
 
 def _slots(stamps: Sequence[float]) -> list[tuple[float, float]]:
