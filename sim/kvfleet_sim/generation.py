@@ -1,8 +1,9 @@
 """What an answer will be: the simulated model's words, decided when the request comes in.
 
-A `Job` is one HTTP request, a `Choice` one sequence of it (n, or a batch of prompts). The words follow from the prompt, the
-seeds and the choice's index alone. Since they are known at once, so are the keys of the blocks they will fill and the place
-where a stop string ends them.
+A `Job` is one HTTP request, a `Choice` one sequence of it (n, or a batch of prompts). The words follow from the prompt's text,
+the seeds and the choice's index alone, and from the words before them only as text: a prompt that ends with the beginning of
+an answer goes on as that answer did. Since they are known at once, so are the keys of the blocks they will fill and the
+place where a stop string ends them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import xxhash
 from kvfleet_sim.http import Exchange
 from kvfleet_sim.openai import Generate
 from kvfleet_sim.request import Request
-from kvfleet_sim.tokens import Tokenizer, Tokens, block_keys, draw_words, root_key
+from kvfleet_sim.tokens import Continuation, Tokenizer, Tokens, block_keys, root_key
 
 
 @dataclass(slots=True, eq=False)
@@ -86,21 +87,22 @@ class Writer:
         self._words = tokenizer.words
         self._ids = tokenizer.word_ids
         self._lengths = np.array([len(word) for word in tokenizer.words])
+        self._continuation = Continuation(tokenizer.words)
 
     def add_choices(self, job: Job, lora: str | None) -> None:
         """Fill `job.choices`."""
         params = job.params
         root = root_key(lora, params.cache_salt)
         for prompt in params.prompts:
-            prompt_key = xxhash.xxh3_64_intdigest(prompt.tobytes(), root)
+            text = self.tokenizer.decode(prompt)
             for _ in range(params.n):
-                job.choices.append(self._choice(job, len(job.choices), prompt, prompt_key, root, lora))
+                job.choices.append(self._choice(job, len(job.choices), prompt, text, root, lora))
         job.unfinished = len(job.choices)
 
-    def _choice(self, job: Job, index: int, prompt: Tokens, prompt_key: int, root: int, lora: str | None) -> Choice:
+    def _choice(self, job: Job, index: int, prompt: Tokens, before: str, root: int, lora: str | None) -> Choice:
         params = job.params
-        key = xxhash.xxh3_64_intdigest(f"{self._seed}:{params.seed}:{index % params.n}".encode(), prompt_key)
-        drawn = draw_words(key, params.max_tokens, len(self._words))
+        key = xxhash.xxh3_64_intdigest(f"{self._seed}:{params.seed}:{index % params.n}".encode(), root)
+        drawn = self._continuation.draw(key, before, params.max_tokens)
         text = "".join([self._words[word] for word in drawn.tolist()])
         ends = np.cumsum(self._lengths[drawn]).tolist()
         output = self._ids[drawn]

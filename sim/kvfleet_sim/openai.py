@@ -189,7 +189,8 @@ class RequestReader:
         if asked is None:
             asked = fields.optional_integer("max_tokens")
         logprobs = fields.integer("top_logprobs", 0) if fields.boolean("logprobs") else None
-        return self._generate(fields, True, model, [prompt], asked, DEFAULT_CHAT_TOKENS, logprobs)
+        default = max(DEFAULT_CHAT_TOKENS - self._begun_tokens(fields), 1)
+        return self._generate(fields, True, model, [prompt], asked, default, logprobs)
 
     def completion(self, values: dict[str, Any], model: str) -> Generate:
         fields = Fields(values)
@@ -223,6 +224,9 @@ class RequestReader:
                 raise invalid("dict_type", f"body.messages.{index}", "Input should be a valid dictionary", message)
             if not isinstance(message.get("role"), str):
                 raise invalid("missing", f"body.messages.{index}.role", "Field required", message)
+        if fields.boolean("continue_final_message") and fields.boolean("add_generation_prompt"):
+            message = "Cannot set both `continue_final_message` and `add_generation_prompt` to True."
+            raise ApiError(400, message, "Bad Request")
         tools = fields.array("tools")
         choice = values.get("tool_choice", "auto")
         if tools and choice == "auto" and not self._auto_tool_choice:
@@ -241,6 +245,13 @@ class RequestReader:
         except RecursionError:
             raise ApiError(400, "tools or tool call arguments are nested too deeply") from None
         return self._tokenizer.encode(text)
+
+    def _begun_tokens(self, fields: Fields) -> int:
+        """Tokens of the answer that are there already, in a final message to be continued."""
+        if not fields.boolean("continue_final_message"):
+            return 0
+        content = fields.values["messages"][-1].get("content")
+        return len(self._tokenizer.encode(content)) if isinstance(content, str) else 0
 
     def prompt(self, prompt: Any) -> Tokens:
         """The tokens of one prompt: a text or a list of token ids."""

@@ -183,3 +183,46 @@ def token_array(ids: Sequence[int]) -> Tokens:
     if any(type(token) is not int or not 0 <= token <= MAX_TOKEN_ID for token in ids):
         raise TokenizerError(f"token ids are whole numbers from 0 to {MAX_TOKEN_ID}")
     return np.array(ids, dtype="<u4")
+
+
+class Continuation:
+    """Which words follow a text: each is told by all of the text before it, byte by byte, as a model at temperature zero
+    would. A text cut anywhere between two words and read again goes on with the same words.
+
+    The text is kept as a polynomial of its bytes, modulo 2^64."""
+
+    _BASE: Final = 0x9E3779B97F4A7C15
+    _MASK: Final = 2**64 - 1
+    _PIECE: Final = 4096
+
+    def __init__(self, words: Sequence[str]) -> None:
+        powers = [1]
+        for _ in range(self._PIECE):
+            powers.append(powers[-1] * self._BASE & self._MASK)
+        self._powers = np.array(powers, dtype=np.uint64)
+        self._words = [(powers[len(data)], self._value(data)) for data in (word.encode() for word in words)]
+
+    def draw(self, key: int, text: str, count: int) -> npt.NDArray[np.int64]:
+        """The `count` words, by index, that follow `text`; `key` tells one model and its seeds from others."""
+        mask, words, choices = self._MASK, self._words, len(self._words)
+        state = self._state(text.encode("utf-8", "replace"))
+        drawn = np.empty(count, dtype=np.int64)
+        for at in range(count):
+            mixed = (state ^ key) * 0xBF58476D1CE4E5B9 & mask
+            mixed = (mixed ^ mixed >> 29) * 0x94D049BB133111EB & mask
+            word = (mixed >> 32) % choices
+            power, value = words[word]
+            state = state * power + value & mask
+            drawn[at] = word
+        return drawn
+
+    def _state(self, data: bytes) -> int:
+        state = 0
+        for start in range(0, len(data), self._PIECE):
+            piece = data[start : start + self._PIECE]
+            state = state * int(self._powers[len(piece)]) + self._value(piece) & self._MASK
+        return state
+
+    def _value(self, piece: bytes) -> int:
+        values = np.frombuffer(piece, dtype=np.uint8).astype(np.uint64) + np.uint64(1)
+        return int((values * self._powers[: len(piece)][::-1]).sum(dtype=np.uint64))

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from kvfleet_sim.tokens import (
     SPECIAL_TOKENS,
+    WORDS,
     ByteTokenizer,
+    Continuation,
     FileTokenizer,
     TokenizerError,
     block_keys,
@@ -154,3 +156,26 @@ def test_without_the_package_the_error_says_what_to_install(tmp_path: Path) -> N
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "pip install tokenizers" in run.stderr
+
+
+@given(st.text(max_size=60), st.integers(0, 2**64 - 1), st.integers(0, 40))
+def test_a_text_cut_between_two_words_goes_on_as_it_did(prompt: str, key: int, cut: int) -> None:
+    continuation, words = Continuation(WORDS), WORDS
+    whole = continuation.draw(key, prompt, 40).tolist()
+    begun = prompt + "".join(words[word] for word in whole[:cut])
+    assert continuation.draw(key, begun, 40 - cut).tolist() == whole[cut:]
+
+
+def test_what_follows_differs_by_text_and_by_key() -> None:
+    continuation = Continuation(WORDS)
+    drawn = {
+        tuple(continuation.draw(key, text, 8).tolist()) for key in (1, 2) for text in ("", "a", "aa", "b", "a" * 5000)
+    }
+    assert len(drawn) == 10
+
+
+def test_following_words_are_spread_evenly() -> None:
+    counts = np.bincount(Continuation(WORDS).draw(1, "Once", 100_000), minlength=len(WORDS))
+    mean = 100_000 / len(WORDS)
+    assert counts.min() > 0.8 * mean
+    assert counts.max() < 1.2 * mean

@@ -10,7 +10,7 @@ that it is shutting down is replaced by another one, as often as the policy's `r
 up to HOLD_BYTES are held to their end, so that one cut off by a dying worker is repeated as well.
 
 After the first byte an event stream that breaks gets an error event and `[DONE]`; any other answer is cut off, so that it
-cannot be taken for a whole one.
+cannot be taken for a whole one. Where the policy asks for it, texts go on at another worker instead (resume.py).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from kvfleet_router.core.parse import ParsedRequest, RequestError, read_request
 from kvfleet_router.core.ticket import Held, Refusal, Ticket
-from kvfleet_router.io import wire
+from kvfleet_router.io import resume, wire
 from kvfleet_router.io.dechunker import Dechunker
 from kvfleet_router.io.multipart import form_model
 from kvfleet_router.io.usage import NO_USAGE, SEARCHED_BYTES, read_usage
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from kvfleet_router.io.connection import ClientConnection
     from kvfleet_router.io.proxy import Proxy
     from kvfleet_router.io.request import Request
+    from kvfleet_router.io.resume import ResumableStream
     from kvfleet_router.io.upstream import Origin, UpstreamConnection
 
 log = logging.getLogger("kvfleet.router")
@@ -59,6 +60,7 @@ class Exchange:
         "replaced",
         "request",
         "request_id",
+        "resume",
         "seen_at",
         "seen_bytes",
         "started_at",
@@ -79,6 +81,8 @@ class Exchange:
         self.upstream: UpstreamConnection | None = None
         self.replaced = False
         """A kept-alive connection was found closed and replaced."""
+        self.resume: ResumableStream | None = None
+        """Set where the policy asks that the stream goes on when its worker dies, and the request allows it."""
         self.seen_bytes = 0
         self.seen_at = 0.0
         self.done = False
@@ -108,14 +112,14 @@ class Exchange:
         self.parsed = parsed
         outcome = proxy.dispatcher.submit(parsed, request_id=self.request_id.decode(), on_assigned=self.assigned)
         proxy.metrics.decision.observe(time.perf_counter() - started)
-        self._take(outcome)
+        self.take(outcome)
 
     def assigned(self, outcome: Ticket | Refusal) -> None:
         """The dispatcher decided on what it had held."""
         self.held = None
-        self._take(outcome)
+        self.take(outcome)
 
-    def _take(self, outcome: Ticket | Refusal | Held) -> None:
+    def take(self, outcome: Ticket | Refusal | Held) -> None:
         if isinstance(outcome, Ticket):
             self._send(outcome)
         elif isinstance(outcome, Refusal):
@@ -127,6 +131,8 @@ class Exchange:
     # To the worker
 
     def _send(self, ticket: Ticket) -> None:
+        if self.ticket is None and ticket.policy.resilience.resume and self.parsed.stream and not self.request.http10:
+            self.resume = resume.resumable(self.request.path, self.parsed, self.request.body)
         self.ticket = ticket
         origin = self.proxy.upstreams.origin(ticket.worker)
         upstream = None if self.replaced else origin.take_idle()
@@ -155,12 +161,13 @@ class Exchange:
 
     def _write(self, upstream: UpstreamConnection, ticket: Ticket) -> None:
         request = self.request
+        body = request.body if self.resume is None else self.resume.resumption.body()
         head = b"".join(
             (
                 b"POST ",
                 request.target,
                 upstream.origin.host_header,
-                b"%d\r\nx-request-id: " % len(request.body),
+                b"%d\r\nx-request-id: " % len(body),
                 self.request_id,
                 b"\r\n",
                 *request.forward,
@@ -170,7 +177,7 @@ class Exchange:
         self.upstream = upstream
         self.seen_bytes = 0
         self.seen_at = self.proxy.upstreams.now
-        upstream.send(self, ticket, head, request.body)
+        upstream.send(self, ticket, head, body)
 
     # From the worker
 
@@ -194,12 +201,16 @@ class Exchange:
             if self._another_may_do(upstream):
                 return
             self._release(upstream)
+            if self.done:
+                return
+        if self.resume is not None and not resume.ended_well(self, self.resume, upstream, ticket):
+            return
         self._finish(upstream, ticket)
 
     def _another_may_do(self, upstream: UpstreamConnection) -> bool:
         """Whether what came, of which nothing has gone out, was given up and the request sent to another worker."""
         cause = failure(upstream.status, upstream.event_stream, upstream.held_body())
-        if not cause or not self._may_try_again():
+        if not cause or not self.may_try_again():
             return False
         self.upstream = None
         if upstream.complete:
@@ -213,10 +224,17 @@ class Exchange:
         """The worker answers: pass its answer on from here."""
         proxy, connection, ticket = self.proxy, self.connection, self.ticket
         assert ticket is not None
-        self.first_byte_at = proxy.clock()
         if upstream.status < 300:
             proxy.dispatcher.first_token(ticket)
-        connection.release_body()
+        if self.resume is not None:
+            if self.resume.started:
+                resume.go_on(self, self.resume, upstream, ticket)
+                return
+            if not self.resume.fits(upstream):
+                self.resume = None
+        self.first_byte_at = proxy.clock()
+        if self.resume is None:
+            connection.release_body()
         head = b"".join(
             (
                 wire.status_line(upstream.status),
@@ -231,7 +249,9 @@ class Exchange:
             )
         )
         transport = connection.transport
-        if self.request.http10 and upstream.chunked:
+        if self.resume is not None:
+            self.resume.follow(upstream, transport, head)
+        elif self.request.http10 and upstream.chunked:
             transport.write(head.replace(b"transfer-encoding: chunked\r\n", b"", 1))
             upstream.release(Dechunker(transport.write).feed, b"")
         else:
@@ -248,7 +268,10 @@ class Exchange:
         if upstream.chunked:
             ticket.chunks -= 1  # the empty one that ends the body
         end = b"".join(upstream.tail)[-SEARCHED_BYTES:]
-        usage = read_usage(end) if parsed.include_usage or not parsed.stream else NO_USAGE
+        if self.resume is not None:
+            usage = self.resume.usage()
+        else:
+            usage = read_usage(end) if parsed.include_usage or not parsed.stream else NO_USAGE
         failed = upstream.status >= 500
         if ABORTED in end:
             failed = True
@@ -271,14 +294,14 @@ class Exchange:
         assert upstream is not None and ticket is not None
         self.upstream = None
         if upstream.forward is not None:
-            self._break_off(upstream, ticket, cause)
+            self.break_off(upstream, ticket, cause)
         elif upstream.reused and not upstream.received and not self.replaced:
             self.replaced = True
             self._send(ticket)
         else:
             self._try_again(cause)
 
-    def _may_try_again(self) -> bool:
+    def may_try_again(self) -> bool:
         ticket = self.ticket
         return ticket is not None and ticket.attempt < ticket.policy.resilience.retries
 
@@ -290,26 +313,29 @@ class Exchange:
         self.proxy.metrics.error(cause)
         detail = f" ({detail})" if detail else ""
         log.warning("worker %s: %s%s, request %s", ticket.worker.name, cause, detail, self.request_id.decode())
-        if self._may_try_again():
+        if self.may_try_again():
             self.proxy.metrics.retried(ticket, cause)
-            self._take(self.proxy.dispatcher.retry(ticket, cause, self.assigned))
+            self.take(self.proxy.dispatcher.retry(ticket, cause, self.assigned))
             return
         if cause.startswith("connect"):
-            self._give_up(ticket, cause, 503, "no_worker_available", "No worker could be reached: try again.")
+            self.give_up(ticket, cause, 503, "no_worker_available", "No worker could be reached: try again.")
         else:
-            self._give_up(ticket, cause, 502, "upstream_failed", "The worker failed before it answered: try again.")
+            self.give_up(ticket, cause, 502, "upstream_failed", "The worker failed before it answered: try again.")
 
-    def _give_up(self, ticket: Ticket, cause: str, status: int, code: str, message: str) -> None:
+    def give_up(self, ticket: Ticket, cause: str, status: int, code: str, message: str) -> None:
         self.proxy.dispatcher.finish(ticket, ok=False)
         self._end("failed", cause)
         self._reply(status, wire.error_object(status, message, code=code), retry_after_s=1)
 
-    def _break_off(self, upstream: UpstreamConnection, ticket: Ticket, cause: str) -> None:
+    def break_off(self, upstream: UpstreamConnection, ticket: Ticket, cause: str) -> None:
         """The worker failed inside its answer."""
         cause = cause.partition(": ")[0]
         log.warning("worker %s: %s inside an answer, request %s", ticket.worker.name, cause, self.request_id.decode())
-        self.proxy.dispatcher.finish(ticket, ok=False)
         self.proxy.metrics.error(cause)
+        if self.resume is not None:
+            resume.broken_off(self, self.resume, ticket, cause)
+            return
+        self.proxy.dispatcher.finish(ticket, ok=False)
         self._end("failed", cause)
         transport = self.connection.transport
         if upstream.until_close:
@@ -317,18 +343,24 @@ class Exchange:
             return
         events = upstream.event_stream and upstream.chunked and not self.request.http10
         if events and b"".join(upstream.tail).endswith(EVENT_END):
-            message = "The worker failed while it answered; what came before is incomplete."
-            transport.write(wire.error_event(message, "upstream_failed"))
+            transport.write(wire.error_event(wire.BROKEN, "upstream_failed"))
         self.connection.answered(keep_alive=False)
 
     def _refuse(self, refusal: Refusal) -> None:
-        self._end("refused", refusal.code)
+        if self.resume is not None and self.resume.started:
+            self._end("failed", refusal.code)
+        else:
+            self._end("refused", refusal.code)
         body = wire.error_object(
             refusal.status, refusal.message, kind=refusal.type, param=refusal.param, code=refusal.code
         )
         self._reply(refusal.status, body, retry_after_s=refusal.retry_after_s)
 
     def _reply(self, status: int, body: bytes, *, retry_after_s: int | None = None) -> None:
+        if self.resume is not None and self.resume.started:
+            self.connection.transport.write(wire.closing_event(body))
+            self.connection.answered(keep_alive=False)
+            return
         headers = [b"x-request-id: %b\r\n" % self.request_id]
         if self.ticket is not None:
             headers.append(wire.header(b"x-kvfleet-decision", self.ticket.id))
@@ -376,8 +408,8 @@ class Exchange:
             broken_off = upstream.forward is not None
             upstream.abort()
             if broken_off:
-                self._break_off(upstream, ticket, "idle_timeout")
+                self.break_off(upstream, ticket, "idle_timeout")
             else:
-                self._give_up(
+                self.give_up(
                     ticket, "first_byte_timeout", 504, "upstream_timeout", "The worker did not answer in time."
                 )

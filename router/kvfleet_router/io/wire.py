@@ -17,6 +17,7 @@ HeaderLines = Iterable[bytes]
 HEAD_END = b"\r\n\r\n"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 JSON = b"application/json"
+BROKEN = "The worker failed while it answered; what came before is incomplete."
 CONNECTION_CLOSE = b"connection: close\r\n"
 CONNECTION_KEEP_ALIVE = b"connection: keep-alive\r\n"
 
@@ -78,7 +79,12 @@ def error_object(
 
 def error_event(message: str, code: str) -> bytes:
     """What ends a broken event stream: an error event and `[DONE]`, as two HTTP chunks, and the end of the chunked body."""
-    event = b"data: %b\n\n" % error_object(502, message, code=code)
+    return closing_event(error_object(502, message, code=code))
+
+
+def closing_event(error: bytes) -> bytes:
+    """The same, for an error body that is there already."""
+    event = b"data: %b\n\n" % error
     return b"%x\r\n%b\r\ne\r\ndata: [DONE]\n\n\r\n0\r\n\r\n" % (len(event), event)
 
 
