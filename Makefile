@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint verify generate bench bench-policies e2e clean
+.PHONY: help venv demo test lint verify generate bench bench-policies bench-failures bench-soak e2e clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,12 @@ bench: venv ## what a request, a chunk and a decision cost
 bench-policies: venv ## every policy on every trace in DATA, as docs/simulate.md shows (long)
 	@test -n "$(DATA)" || { echo "error: say where the traces are: make bench-policies DATA=DIR" >&2; exit 2; }
 	$(BIN)/python bench/policies.py $(DATA) $(ARGS)
+
+bench-failures: venv ## how routers behave when things go wrong, as docs/resilience.md shows
+	$(BIN)/python bench/failures.py $(ARGS)
+
+bench-soak: venv ## ten minutes of mixed load over dying workers; every request must be accounted for
+	$(BIN)/python bench/soak.py $(ARGS)
 
 e2e: venv ## end to end on a real Kubernetes API (KUBECONFIG, kind, or the built-in control plane)
 	e2e/run.sh $(ARGS)

@@ -196,12 +196,14 @@ class RouterApp:
         connections.add_metric((), len(self.server.connections))
         bodies = GaugeMetricFamily(PREFIX + "request_body_bytes", "Request bodies held, in bytes.")
         bodies.add_metric((), self.server.body_bytes)
+        tasks = GaugeMetricFamily(PREFIX + "tasks", "Tasks of the router's event loop.")
+        tasks.add_metric((), len(asyncio.all_tasks()))
         refused = CounterMetricFamily(
             PREFIX + "bad_requests", "Requests refused before they were read whole, by cause.", labels=("cause",)
         )
         for cause, count in self.server.refused.items():
             refused.add_metric((cause,), count)
-        return [connections, bodies, refused]
+        return [connections, bodies, tasks, refused]
 
 
 def _report(task: asyncio.Task[None]) -> None:
