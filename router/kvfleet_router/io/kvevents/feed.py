@@ -1,0 +1,192 @@
+"""One publisher followed: a SUB socket, and a DEALER for each replay, read as file descriptors of the event loop.
+
+ZMQ's file descriptor only tells that something may have changed: each time, messages are read until there are none, but for
+no longer than BUDGET_S at once, so that requests are not kept waiting. The socket's monitor tells when a connection was
+made: from then on the publisher may be another process (see core/kvevents/stream.py).
+
+Nothing that comes is trusted: message sizes and queues are bounded, and what has not the form of a batch is counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from kvfleet_router.core.kvevents.stream import Stream
+from kvfleet_router.core.kvevents.wire import MAX_PAYLOAD_BYTES
+
+BUDGET_S = 0.002
+QUEUE_MESSAGES = 4096
+REPLAY_TIMEOUT_S = 3.0
+"""Without a message of the answer."""
+RECONNECT_MS, RECONNECT_MAX_MS = 100, 5000
+END_OF_REPLAY = b"\xff" * 8
+SEQUENCE_BYTES = 8
+_CONNECTED = zmq.Event.HANDSHAKE_SUCCEEDED
+
+
+class Feed:
+    """Use within a running event loop; `close` ends it."""
+
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], stream: Stream, events_url: str, replay_url: str | None,
+        on_malformed: Callable[[], None],
+    ) -> None:  # fmt: skip
+        """Raises ValueError where a URL is none."""
+        self._context = context
+        self._stream = stream
+        self._replay_url = replay_url
+        self._on_malformed = on_malformed
+        self._loop = asyncio.get_running_loop()
+        self._replay: zmq.Socket[bytes] | None = None
+        self._deadline: asyncio.TimerHandle | None = None
+        self._closed = False
+        self._events = self._socket(zmq.SUB)
+        self._events.subscribe(b"")
+        self._monitor = self._events.get_monitor_socket(int(_CONNECTED))
+        self._add(self._events, self._hear)
+        self._add(self._monitor, self._watch)
+        try:
+            self._events.connect(events_url)
+        except zmq.ZMQError as error:
+            self.close()
+            raise ValueError(f"{events_url}: {error}") from None
+        self._ask_if_wanted()
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._end_replay()
+        for socket in (self._events, self._monitor):
+            self._loop.remove_reader(_descriptor(socket))
+        self._events.disable_monitor()
+        self._monitor.close(linger=0)
+        self._events.close(linger=0)
+
+    # -- what is published ------------------------------------------------------------------------------------------------
+
+    def _hear(self) -> None:
+        stream = self._stream
+
+        def take(frames: list[bytes]) -> None:
+            if len(frames) == 3 and len(frames[1]) == SEQUENCE_BYTES:
+                stream.heard(int.from_bytes(frames[1], "big"), frames[2])
+            else:
+                self._on_malformed()
+
+        self._read(self._events, take, self._hear)
+        self._ask_if_wanted()
+
+    def _watch(self) -> None:
+        def take(frames: list[bytes]) -> None:
+            if parse_monitor_message(frames)["event"] == _CONNECTED:
+                self._stream.connected()
+
+        self._read(self._monitor, take, self._watch)
+        self._ask_if_wanted()
+
+    # -- replays ----------------------------------------------------------------------------------------------------------
+
+    def _ask_if_wanted(self) -> None:
+        """Send the replay request that the stream wants, if none is under way."""
+        first = self._stream.wants_replay
+        if first is None or self._replay is not None or self._closed:
+            return
+        assert self._replay_url is not None
+        socket = self._replay = self._socket(zmq.DEALER)
+        try:
+            socket.connect(self._replay_url)
+            socket.send_multipart((b"", first.to_bytes(SEQUENCE_BYTES, "big")), zmq.NOBLOCK)
+        except (zmq.ZMQError, OverflowError):
+            self._replay_over(ok=False)
+            return
+        self._add(socket, self._hear_replay)
+        self._wait()
+
+    def _hear_replay(self) -> None:
+        socket = self._replay
+        if socket is None:
+            return
+        ended = False
+
+        def take(frames: list[bytes]) -> None:
+            nonlocal ended
+            sequence = frames[-2] if len(frames) >= 3 else b""
+            if sequence == END_OF_REPLAY:
+                ended = True
+            elif len(sequence) == SEQUENCE_BYTES and not ended:
+                self._stream.replayed(int.from_bytes(sequence, "big"), frames[-1])
+            else:
+                self._on_malformed()
+
+        if self._read(socket, take, self._hear_replay):
+            self._wait()
+        if ended:
+            self._replay_over(ok=True)
+
+    def _wait(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._deadline = self._loop.call_later(REPLAY_TIMEOUT_S, self._replay_over, False)
+
+    def _replay_over(self, ok: bool) -> None:
+        self._end_replay()
+        self._stream.replay_ended(ok)
+        if self._stream.wants_replay is not None:  # not from within itself: it may fail at once, again and again
+            self._loop.call_soon(self._ask_if_wanted)
+
+    def _end_replay(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+        socket, self._replay = self._replay, None
+        if socket is not None:
+            self._loop.remove_reader(_descriptor(socket))
+            socket.close(linger=0)
+
+    # -- sockets ----------------------------------------------------------------------------------------------------------
+
+    def _socket(self, kind: int) -> zmq.Socket[bytes]:
+        socket: zmq.Socket[bytes] = self._context.socket(kind)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.IPV6, 1)
+        socket.setsockopt(zmq.RCVHWM, QUEUE_MESSAGES)
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_PAYLOAD_BYTES)
+        socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
+        socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+        return socket
+
+    def _add(self, socket: zmq.Socket[bytes], read: Callable[[], None]) -> None:
+        self._loop.add_reader(_descriptor(socket), read)
+        self._loop.call_soon(read)  # what came before the reader was there is not told again
+
+    def _read(self, socket: zmq.Socket[bytes], take: Callable[[list[bytes]], None], again: Callable[[], None]) -> bool:
+        """Read all there is, or go on later. Returns whether there was something."""
+        if self._closed or socket.closed:
+            return False
+        any_read = False
+        until = time.perf_counter() + BUDGET_S
+        while True:
+            try:
+                frames = socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return any_read
+            except zmq.ZMQError:
+                return any_read
+            any_read = True
+            take(frames)
+            if self._closed or socket.closed:
+                return any_read
+            if time.perf_counter() > until:
+                self._loop.call_soon(again)
+                return any_read
+
+
+def _descriptor(socket: zmq.Socket[bytes]) -> int:
+    return int(socket.getsockopt(zmq.FD))
