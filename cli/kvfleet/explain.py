@@ -17,7 +17,7 @@ def explain_decision(decision: Mapping[str, Any]) -> RenderableType:
     lines: list[RenderableType] = [_headline(decision)]
     for number, made in enumerate(decision["tries"]):
         if number:
-            lines.append(Text(f"  tried again: {decision['tries'][number - 1]['given_up']}", style="yellow"))
+            lines.append(_next_try(decision["tries"][number - 1]))
         lines.append(_candidates(made))
     lines.append(_outcome(decision))
     return Group(*lines, "")
@@ -34,6 +34,12 @@ def _headline(decision: Mapping[str, Any]) -> Text:
     if (decision["held_s"] or 0) > 0.001:
         text.append(f"  held {_ms(decision['held_s'])} at the router", style="yellow")
     return text
+
+
+def _next_try(before: Mapping[str, Any]) -> Text:
+    if before["given_up"]:
+        return Text(f"  tried again: {before['given_up']}", style="yellow")
+    return Text(f"  prompt computed on {before['worker']}, handed on to:")
 
 
 def _candidates(made: Mapping[str, Any]) -> Text:

@@ -325,6 +325,7 @@ def _policy_config(policy: RoutingPolicy, models: list[str], usable: set[str]) -
         energy_s_per_joule=spec.energy.microseconds_per_joule * 1e-6,
         max_watts=None if spec.energy.max_watts is None else float(spec.energy.max_watts),
         prefix=spec.prefix,
+        disaggregation=spec.disaggregation,
         admission=spec.admission,
         resilience=spec.resilience,
     )

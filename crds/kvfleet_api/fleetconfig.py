@@ -15,7 +15,14 @@ from pydantic import Field
 from kvfleet_api.common import Schema
 from kvfleet_api.cost import CostModel
 from kvfleet_api.fleetrouter import LimitsSpec
-from kvfleet_api.routingpolicy import AdmissionSpec, HeaderMatch, PrefixSpec, ResilienceSpec, TokenRange
+from kvfleet_api.routingpolicy import (
+    AdmissionSpec,
+    DisaggregationSpec,
+    HeaderMatch,
+    PrefixSpec,
+    ResilienceSpec,
+    TokenRange,
+)
 
 FLEET_CONFIG_KEY = "fleet.json"
 """The key of the ConfigMap, and the file name."""
@@ -83,6 +90,7 @@ class PolicyConfig(Schema):
     energy_s_per_joule: float = 0.0002
     max_watts: float | None = None
     prefix: PrefixSpec = Field(default_factory=PrefixSpec)
+    disaggregation: DisaggregationSpec = Field(default_factory=DisaggregationSpec)
     admission: AdmissionSpec = Field(default_factory=AdmissionSpec)
     resilience: ResilienceSpec = Field(default_factory=ResilienceSpec)
 

@@ -106,6 +106,11 @@ class ResilienceSpec(Schema):
     """Continue a broken text stream on another worker with what was already sent."""
 
 
+class DisaggregationSpec(Schema):
+    min_uncached_tokens: Annotated[int, Field(ge=1, le=16_777_216)] = 2048
+    """Prompts with at least so many tokens to compute go to a Prefill worker first; shorter ones are computed where they decode."""
+
+
 class RoutingPolicySpec(Schema):
     match: Annotated[MatchSpec, Field(default_factory=MatchSpec)]
     """Which requests the policy is for."""
@@ -121,6 +126,8 @@ class RoutingPolicySpec(Schema):
     """Whether and how joules count."""
     prefix: Annotated[PrefixSpec, Field(default_factory=PrefixSpec)]
     """Use of the engines' prefix caches."""
+    disaggregation: Annotated[DisaggregationSpec, Field(default_factory=DisaggregationSpec)]
+    """When prompts are computed apart, where the pools have the roles Prefill and Decode."""
     admission: Annotated[AdmissionSpec, Field(default_factory=AdmissionSpec)]
     """How many requests may run and wait."""
     resilience: Annotated[ResilienceSpec, Field(default_factory=ResilienceSpec)]

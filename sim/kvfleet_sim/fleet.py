@@ -7,6 +7,8 @@ One heap of events moves the clock: requests due, ticks that a router with held 
 next time something of it can become visible. An engine is run up to that time and no further, steps that only decode are
 taken together, and nothing is done per token. So a decision sees exactly what has happened by then, and nothing later.
 
+A prompt computed apart (Prefill and Decode pools) travels to its Decode worker in as long as its KV entries take.
+
 At equal times engines report first, then requests arrive, then routers tick, then they tell each other.
 """
 
@@ -36,9 +38,11 @@ from kvfleet_sim.traces import BYTES_PER_TOKEN
 from kvfleet_sim.variants import as_believed, uses_events
 from kvfleet_sim.workload import LoadRequest
 
-ENGINE, ARRIVAL, TICK, SHARE = range(4)
+ENGINE, ARRIVAL, TICK, SHARE, TRANSFERRED = range(5)
 PROGRESS_EVERY: Final = 64
 """Requests between two reports of progress."""
+TRANSFER_S_PER_TOKEN: Final = 5e-6
+"""KV entries from one worker to another: 128 KB a token (8B models) at 25 GB/s."""
 TOO_LONG: Final = "too_long"
 """The engine's answer (400) to a request that its context or KV cache cannot hold."""
 
@@ -103,6 +107,8 @@ class _Flight:
     sent_s: float
     ticket: Ticket | None = None
     first_token_s: float | None = None
+    cached_tokens: int | None = None
+    """Prompt tokens that the Prefill worker found cached."""
 
 
 def simulate(
@@ -161,6 +167,7 @@ class _Simulation:
         draw = random.Random(f"{seed}/clients")
         self._router_of = [draw.randrange(options.replicas) for _ in load]
         self._outgoing: list[tuple[_Worker, _Flight]] = []
+        self._travelling: dict[int, tuple[_Worker, _Flight]] = {}
         self._events = [
             (request.start_s, ARRIVAL, number) for number, request in enumerate(load) if request.start_s is not None
         ]
@@ -193,6 +200,9 @@ class _Simulation:
             elif kind == TICK:
                 self._now_s = time_s
                 self._tick(number)
+            elif kind == TRANSFERRED:
+                self._now_s = time_s
+                self._outgoing.append(self._travelling.pop(number))
             elif self._ended < len(self._load):
                 self._now_s = time_s
                 self._share()
@@ -232,9 +242,8 @@ class _Simulation:
         answer = self._routers[router].submit(parsed, request_id=str(number), on_assigned=assigned)
         if not isinstance(answer, Held):
             assigned(answer)
-        elif not self._ticking[router]:
-            self._ticking[router] = True
-            heappush(self._events, (self._now_s + HELD_TICK_S, TICK, router))
+        else:
+            self._want_tick(router)
 
     def _assigned(self, flight: _Flight, answer: Ticket | Refusal) -> None:
         if isinstance(answer, Refusal):
@@ -245,8 +254,18 @@ class _Simulation:
         if flight.load.prompt_tokens + flight.load.output_tokens > worker.longest_tokens:
             self._routers[flight.router].abandon(answer, TOO_LONG)
             self._failed(flight, TOO_LONG)
+        elif answer.arrival.received_tokens:
+            self._travelling[flight.number] = (worker, flight)
+            arrives_s = self._now_s + TRANSFER_S_PER_TOKEN * flight.load.prompt_tokens
+            heappush(self._events, (arrives_s, TRANSFERRED, flight.number))
         else:
             self._outgoing.append((worker, flight))
+
+    def _want_tick(self, router: int) -> None:
+        """The router holds requests."""
+        if not self._ticking[router]:
+            self._ticking[router] = True
+            heappush(self._events, (self._now_s + HELD_TICK_S, TICK, router))
 
     def _tick(self, router: int) -> None:
         wanted_s = self._routers[router].tick()
@@ -265,8 +284,16 @@ class _Simulation:
     def _deliver(self, worker: _Worker, flight: _Flight) -> None:
         """The request reaches its engine, which is first brought to this moment."""
         self._advance(worker)
-        load = flight.load
-        request = Request(flight.number, load.prompt_tokens, load.output_tokens, load.block_keys, payload=flight)
+        load, ticket = flight.load, flight.ticket
+        assert ticket is not None
+        request = Request(
+            flight.number,
+            load.prompt_tokens,
+            1 if ticket.hands_on else load.output_tokens,
+            load.block_keys,
+            remote_tokens=load.prompt_tokens if ticket.arrival.received_tokens else 0,
+            payload=flight,
+        )
         worker.engine.submit(request, self._now_s)
         self._served[worker.name] += 1
         self._schedule(worker)
@@ -294,28 +321,50 @@ class _Simulation:
     def _first_token(self, request: Request, now_s: float) -> None:
         flight = request.payload
         assert isinstance(flight, _Flight) and flight.ticket is not None
+        if flight.ticket.hands_on:
+            return  # nothing that the client sees
         if flight.first_token_s is None:  # else it was preempted and resumed
             flight.first_token_s = now_s
             self._routers[flight.router].first_token(flight.ticket)
 
     def _finished(self, request: Request, now_s: float) -> None:
         flight = request.payload
-        assert isinstance(flight, _Flight) and flight.ticket is not None and flight.first_token_s is not None
+        assert isinstance(flight, _Flight) and flight.ticket is not None
+        if flight.ticket.hands_on:
+            self._prefilled(flight, flight.ticket, request)
+            return
+        assert flight.first_token_s is not None
         self._routers[flight.router].finish(
             flight.ticket,
             output_tokens=request.output_tokens,
             prompt_tokens=request.prompt_tokens,
-            cached_tokens=request.cached_tokens,
+            cached_tokens=request.cached_tokens + request.received_tokens,
         )
         gaps = max(request.output_tokens - 1, 1)
         self._results[1:, flight.number] = (
             flight.first_token_s - flight.sent_s,
             (now_s - flight.first_token_s) / gaps,
-            request.cached_tokens,
+            request.cached_tokens if flight.cached_tokens is None else flight.cached_tokens,
             request.output_tokens,
             now_s,
         )
         self._end(flight)
+
+    def _prefilled(self, flight: _Flight, ticket: Ticket, request: Request) -> None:
+        """The prompt is computed: the router says who decodes."""
+        flight.cached_tokens = request.cached_tokens
+        assigned = partial(self._assigned, flight)
+        answer = self._routers[flight.router].prefilled(
+            ticket,
+            assigned,
+            handed=True,
+            prompt_tokens=request.prompt_tokens,
+            cached_tokens=request.cached_tokens,
+        )
+        if not isinstance(answer, Held):
+            assigned(answer)
+        else:
+            self._want_tick(flight.router)
 
     def _report_cache(self, worker: _Worker, result: StepResult) -> None:
         for router, known in zip(self._routers, self._known, strict=True):

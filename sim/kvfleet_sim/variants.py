@@ -14,14 +14,12 @@ def with_simulated_workers(config: FleetConfig, replicas: dict[str, int]) -> Fle
     """The fleet with so many workers in each pool; raises ValueError where that leaves nothing to simulate."""
     pools = []
     for pool in config.pools:
-        if pool.role != "Unified":
-            raise ValueError(f"ModelPool {pool.name}: role {pool.role} cannot be simulated: only Unified pools can")
         names = [f"{pool.name}-{number}" for number in range(replicas.get(pool.name, 0))]
         pools.append(
             pool.model_copy(update={"endpoints": [Endpoint(name=n, url=f"http://{n}.invalid:80") for n in names]})
         )
-    if not any(pool.endpoints for pool in pools):
-        raise ValueError("the fleet has no worker: set spec.replicas (or autoscaling.minReplicas) above 0")
+    if not any(pool.endpoints for pool in pools if pool.role != "Prefill"):
+        raise ValueError("the fleet has no worker that answers: set spec.replicas (or autoscaling.minReplicas) above 0")
     return config.model_copy(update={"pools": pools})
 
 

@@ -92,7 +92,7 @@ def test_all_problems_of_all_files_are_reported_at_once(tmp_path: Path) -> None:
         "maxReplicas (2): lower minReplicas or raise maxReplicas",
         f"{tmp_path}/b.yaml:4: RoutingPolicy prod/chat: spec.pools: missing: add it",
         f"{tmp_path}/b.yaml:5: RoutingPolicy prod/chat: spec.pool: unknown field (did you mean pools?): rename or remove it; "
-        "known here: match, pools, strategy, priority, slo, energy, prefix, admission, resilience",
+        "known here: match, pools, strategy, priority, slo, energy, prefix, disaggregation, admission, resilience",
         f"{tmp_path}/absent.yaml: no such file or directory: check the path",
     ]
 

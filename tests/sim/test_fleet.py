@@ -13,7 +13,8 @@ from fleet_helpers import BLOCK_TOKENS, MODEL, small_fleet, steady_load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvfleet_api.fleetconfig import FleetConfig
+from kvfleet_api.fleetconfig import FleetConfig, WeightedPool
+from kvfleet_api.routingpolicy import DisaggregationSpec
 from kvfleet_router.policies import REGISTRY
 from kvfleet_sim.engine import Engine
 from kvfleet_sim.fleet import Options, Run, simulate
@@ -217,12 +218,58 @@ def test_an_unknown_policy_names_the_known_ones(name: str) -> None:
 
 
 def test_a_fleet_without_workers_cannot_be_simulated() -> None:
-    with pytest.raises(ValueError, match=r"no worker: set spec\.replicas"):
+    with pytest.raises(ValueError, match=r"no worker that answers: set spec\.replicas"):
         with_simulated_workers(small_fleet(2), {"a": 0})
 
 
-def test_pools_of_one_phase_cannot_be_simulated() -> None:
+def test_a_fleet_of_prefill_workers_alone_cannot_be_simulated() -> None:
     config = small_fleet(2)
     prefill = config.model_copy(update={"pools": [config.pools[0].model_copy(update={"role": "Prefill"})]})
-    with pytest.raises(ValueError, match="ModelPool a: role Prefill cannot be simulated"):
+    with pytest.raises(ValueError, match="no worker that answers"):
         with_simulated_workers(prefill, {"a": 2})
+
+
+def divided_fleet(strategy: str = "kvfleet", least: int = 100) -> FleetConfig:
+    """Two Prefill and two Decode workers; prompts of `least` uncached tokens or more are divided."""
+    config = small_fleet(2, strategy=strategy)
+    pools = [config.pools[0].model_copy(update={"name": role.lower(), "role": role}) for role in ("Prefill", "Decode")]
+    policy = config.policies[0].model_copy(
+        update={
+            "pools": [WeightedPool(name=pool.name) for pool in pools],
+            "disaggregation": DisaggregationSpec.model_validate({"minUncachedTokens": least}),
+        }
+    )
+    return with_simulated_workers(FleetConfig(pools=pools, policies=[policy]), {"prefill": 2, "decode": 2})
+
+
+@pytest.mark.parametrize("strategy", ["kvfleet", "lmetric", "round_robin", "dynamo_kv"])
+def test_long_prompts_are_computed_apart(strategy: str) -> None:
+    load = [replace(request, block_keys=()) for request in steady_load(80, 0.02)]
+    result = run(divided_fleet(strategy), load)
+    assert result.completed.all()
+    assert list(result.output_tokens) == [request.output_tokens for request in load]
+    by_pool = Counter[str]()
+    for worker, count in result.requests_by_worker.items():
+        by_pool[worker.rpartition("-")[0]] += count
+    long = sum(request.prompt_tokens >= 100 and request.output_tokens > 1 for request in load)
+    assert 0 < long < len(load)
+    assert by_pool["decode"] == len(load)
+    assert by_pool["prefill"] >= long
+
+
+def test_nothing_is_divided_below_the_threshold() -> None:
+    result = run(divided_fleet(least=10_000), steady_load(40))
+    assert result.completed.all()
+    assert not any(worker.startswith("prefill") for worker in result.requests_by_worker)
+
+
+def test_a_long_prompt_elsewhere_does_not_interrupt_decoding() -> None:
+    """The reason for all this: one sequence decodes, long prompts come by; its time between tokens stays as it was alone."""
+    alone = [LoadRequest(48, 200, (), 0.0)]
+    disturbed = alone + [LoadRequest(1500, 2, (), 0.2 + 0.3 * number) for number in range(4)]
+    slowed = []
+    for fleet in (divided_fleet(), with_simulated_workers(small_fleet(1, strategy="kvfleet"), {"a": 1})):
+        itl_alone, itl_disturbed = run(fleet, alone).itl_s[0], run(fleet, disturbed).itl_s[0]
+        slowed.append(itl_disturbed / itl_alone)
+    assert slowed[0] == pytest.approx(1.0, abs=0.02)
+    assert slowed[1] > 1.1

@@ -58,6 +58,8 @@ def _choose_one_by_one(
                     depths[place] = blocks
                     cached[place] = min(blocks * block_tokens, most)  # the engine computes the last token in any case
                     break
+    if arrival.received_tokens:
+        cached = [arrival.received_tokens] * len(workers)  # wherever it goes, they come along
     scores = policy.score_all(arrival, workers, cached, now)
     costs = [sum(parts) for parts in scores]
     least = min(costs)
@@ -77,6 +79,8 @@ def _choose_by_columns(
     most = arrival.prompt_tokens - 1.0
     depths = spread(match, slots, candidates.mask.bit_length())
     cached = np.minimum(depths * arrival.block_tokens, most)
+    if arrival.received_tokens:
+        cached = np.full(len(workers), arrival.received_tokens)
     parts = np.array(policy.score_many(arrival, table.columns(slots), cached, now))
     costs = parts.sum(axis=0)
     equals = np.flatnonzero(costs <= costs.min() + policy.tie)

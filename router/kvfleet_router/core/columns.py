@@ -17,6 +17,9 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from kvfleet_router.core.worker import Worker
 
+YOUNG = 6
+"""Requests of a worker that began to decode last, and are looked at one by one."""
+
 Array = npt.NDArray[np.float64]
 
 
@@ -47,9 +50,11 @@ class Columns:
     token_joules: Array
     context_token_joules: Array
     fixed_step_joules: Array
+    youngest: Array
+    """One row for each of `Worker.youngest`."""
 
 
-FIELDS = tuple(field.name for field in fields(Columns))
+FIELDS = tuple(field.name for field in fields(Columns))[:-1]
 _row = attrgetter(*FIELDS)
 
 
@@ -59,7 +64,7 @@ class Table:
     def __init__(self) -> None:
         self.stale: set[Worker] = set()
         """Workers whose figures changed since their row was written."""
-        self._rows: Array = np.zeros((len(FIELDS), 64))
+        self._rows: Array = np.zeros((len(FIELDS) + YOUNG, 64))
 
     def columns(self, slots: npt.NDArray[np.intp]) -> Columns:
         for worker in self.stale:
@@ -68,9 +73,10 @@ class Table:
             slot = worker.cache.slot
             if slot >= self._rows.shape[1]:
                 self._rows = np.pad(self._rows, ((0, 0), (0, max(slot + 1 - self._rows.shape[1], self._rows.shape[1]))))
-            self._rows[:, slot] = _row(worker)
+            self._rows[:, slot] = (*_row(worker), *worker.youngest())
         self.stale.clear()
-        return Columns(*self._rows[:, slots])
+        rows = self._rows[:, slots]
+        return Columns(*(*rows[: len(FIELDS)], rows[len(FIELDS) :]))
 
 
 def spread(masks: Sequence[tuple[int, float]], slots: npt.NDArray[np.intp], size: int) -> Array:

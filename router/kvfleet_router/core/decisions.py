@@ -22,6 +22,8 @@ class Try(NamedTuple):
     candidate_count: int
     predicted_ttft_s: float
     predicted_joules: float
+    phase: str = ""
+    """`prefill` or `decode`, where the two are done apart."""
 
 
 class Outcome(NamedTuple):
@@ -66,7 +68,7 @@ class Decision:
         self.prompt_tokens = self.expected_output_tokens = 0.0
         self.tries: list[Try] = []
         self.causes: list[str] = []
-        """Why each try but the last was given up."""
+        """Why each try but the last was given up; empty: it handed on what it computed."""
         self.outcome: Outcome | None = None
 
 
@@ -119,7 +121,7 @@ class DecisionLog:
             "prompt_tokens": round(decision.prompt_tokens),
             "expected_output_tokens": round(decision.expected_output_tokens),
             "held_s": None if first is None else first - decision.at,
-            "retries": len(decision.causes),
+            "retries": sum(map(bool, decision.causes)),
             "tries": [self._render_try(decision, number) for number in range(len(decision.tries))],
             "outcome": None if decision.outcome is None else self._render_outcome(decision, decision.outcome),
         }
@@ -129,6 +131,7 @@ class DecisionLog:
         return {
             "time": made.at + self._epoch_s,
             "worker": made.worker,
+            "phase": made.phase or None,
             "predicted_ttft_s": made.predicted_ttft_s,
             "predicted_joules": made.predicted_joules,
             "candidate_count": made.candidate_count,
@@ -141,7 +144,7 @@ class DecisionLog:
                 }
                 for worker, cached, parts in sorted(made.candidates, key=lambda scored: sum(scored[2]))
             ],
-            "given_up": decision.causes[number] if number < len(decision.causes) else None,
+            "given_up": (decision.causes[number] or None) if number < len(decision.causes) else None,
         }
 
     @staticmethod

@@ -1,7 +1,8 @@
 """The one object the router's io and the simulator talk to: requests in, tickets out, and every event of their lives.
 
     submit ──► lane (routes.py) ──► place (placement.py) ──► Ticket ──► first_token ──► finish
-                  └► Refusal           └► Held, and later      │             └──► abandon: the client went away
+                  └► Refusal           └► Held, and later      │             ├──► abandon: the client went away
+                                                               │             └──► prefilled: go on at a Decode worker
                                           a Ticket or Refusal  └──► retry: the worker failed; choose another
 
 Sans-io: the clock and the random numbers are passed in, nothing blocks, and a callback is only ever called from within a
@@ -36,6 +37,13 @@ UNLOADED_FACTOR = 3.0
 """A prompt so long that its prefill alone is near the TTFT SLO is due after this many times its unloaded TTFT."""
 HELD_TICK_S = 0.01
 """How often held requests are decided again without an event: backlogs also shrink by time passing."""
+
+
+NOTHING_HANDED = "no_kv_transfer"
+"""A Prefill worker answered without saying where its KV entries are: is its engine started with a KV connector?"""
+_CLOSED_REFUSAL = Refusal(
+    503, "request_closed", "The request has ended: it cannot be tried again", type="service_unavailable"
+)
 
 
 class ConfigError(ValueError):
@@ -252,9 +260,7 @@ class Dispatcher:
     def retry(self, ticket: Ticket, cause: str, on_assigned: OnAssigned) -> Ticket | Refusal | Held:
         """The worker failed before the first byte: release the ticket, count the failure, choose another worker."""
         if ticket.phase == CLOSED:
-            return Refusal(
-                503, "request_closed", "The request has ended: it cannot be tried again", type="service_unavailable"
-            )
+            return _CLOSED_REFUSAL
         now = self._clock()
         self._catch_up(now)
         arrival = ticket.arrival
@@ -262,6 +268,7 @@ class Dispatcher:
         self._failed(ticket.worker, now)
         arrival.decision.causes.append(cause)
         arrival.attempt += 1
+        arrival.received_tokens = 0.0  # whether it can be fetched once more, nobody knows
         arrival.excluded = (*arrival.excluded, ticket.worker.name)
         lane = self._routes.find(arrival.parsed)
         if arrival.attempt > ticket.policy.resilience.retries:
@@ -270,6 +277,37 @@ class Dispatcher:
         self._placement.pump(ticket.worker, now)
         if isinstance(lane, Refusal):
             arrival.decision.outcome = Outcome(now, "refused", lane.code)
+            return lane
+        arrival.lane = lane
+        return self._placement.place(arrival, on_assigned, now)
+
+    def prefilled(
+        self,
+        ticket: Ticket,
+        on_assigned: OnAssigned,
+        *,
+        handed: bool,
+        prompt_tokens: int | None = None,
+        cached_tokens: int | None = None,
+    ) -> Ticket | Refusal | Held:
+        """A worker that `hands_on` has answered: choose who decodes. Not `handed`: whoever does computes the prompt again."""
+        if ticket.phase == CLOSED:
+            return _CLOSED_REFUSAL
+        now = self._clock()
+        self._catch_up(now)
+        arrival, worker = ticket.arrival, ticket.worker
+        ticket.first_token_at = now
+        worker.first_token(ticket, now, presumed=False)
+        self._release(ticket, now)
+        learn(ticket, None, prompt_tokens, cached_tokens, now)
+        self._answered(worker)
+        arrival.decision.causes.append("" if handed else NOTHING_HANDED)
+        arrival.received_tokens = arrival.prompt_tokens - 1.0 if handed else 0.0
+        arrival.whole = not handed
+        lane = self._routes.find(arrival.parsed)
+        self._placement.pump(worker, now)
+        if isinstance(lane, Refusal):
+            self._placement.record_refusal(arrival, lane, now)
             return lane
         arrival.lane = lane
         return self._placement.place(arrival, on_assigned, now)

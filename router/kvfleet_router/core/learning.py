@@ -21,7 +21,7 @@ def learn(
     tokens = output_tokens
     if tokens is None and parsed.stream:
         tokens = ticket.chunks - STREAM_OVERHEAD_CHUNKS
-    if tokens is not None and tokens > 0:
+    if tokens is not None and tokens > 0 and not ticket.hands_on:
         tokens = max(tokens // parsed.sequences, 1)
         pool.stats.outputs.observe(parsed.tenant, tokens)
         if parsed.stream:
@@ -31,8 +31,9 @@ def learn(
         if parsed.prompt_tokens is None and parsed.prompt_bytes:
             pool.stats.ratio.observe(parsed.prompt_bytes, prompt_tokens)
             pool.fit_blocks_if_moved()
-    if cached_tokens is not None and ticket.cached_tokens >= CONTRADICTION_TOKENS:
-        wrong = cached_tokens < 0.1 * ticket.cached_tokens
+    expected = 0.0 if ticket.arrival.received_tokens else ticket.cached_tokens  # what came along says nothing of caches
+    if cached_tokens is not None and expected >= CONTRADICTION_TOKENS:
+        wrong = cached_tokens < 0.1 * expected
         worker.contradictions = worker.contradictions + 1 if wrong else 0
         if worker.contradictions >= CONTRADICTIONS_TO_FORGET:
             worker.contradictions = 0

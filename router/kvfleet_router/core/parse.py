@@ -84,6 +84,8 @@ class ParsedRequest:
     tenant: str = ""
     cache_salt: str | None = None
     include_usage: bool = False
+    transfers: bool = False
+    """The client itself says where KV entries come from or go to."""
     headers: Mapping[bytes, bytes] = field(default_factory=dict, repr=False)
     """Lower-case names."""
 
@@ -102,6 +104,7 @@ class _Body(msgspec.Struct):
     n: _Scalar = None
     priority: _Scalar = None
     cache_salt: str | None = None
+    kv_transfer_params: msgspec.Raw = _NO_RAW
 
 
 class _Message(msgspec.Struct):
@@ -273,6 +276,7 @@ def _request(kind: Kind, body: _Body, prompt: bytes, output_limit: _Scalar) -> P
         sequences=_whole(body.n, 1, MAX_SEQUENCES, 1) or 1,
         priority=_whole(body.priority, -MAX_PRIORITY, MAX_PRIORITY, 0) or 0,
         cache_salt=salt,
+        transfers=bool(body.kv_transfer_params),
         include_usage=options is not None and _truth(options.include_usage),
     )
 

@@ -12,12 +12,14 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from heapq import heappop, heappush
 from math import ceil
 from typing import NamedTuple
 
 from kvfleet_router.core.choose import Choice, choose
 from kvfleet_router.core.decisions import Outcome, Try
+from kvfleet_router.core.disaggregation import divisible, for_prefill
 from kvfleet_router.core.energy import marginal_joules, watts
 from kvfleet_router.core.holdqueue import HoldQueue
 from kvfleet_router.core.parse import ParsedRequest
@@ -131,7 +133,7 @@ class Placement:
         """Something made room, on this worker or anywhere: decide held requests again, then call back."""
         if self.queue:
             for lane in self.queue.lanes():
-                if worker is None or worker.pool_state in lane.pools:
+                if worker is None or worker.pool_state in lane.pools or worker.pool_state in lane.prefill_pools:
                     for held, result in self._decide_held(lane, now):
                         self._outbox.append((held, result))
         self.deliver()
@@ -177,20 +179,44 @@ class Placement:
             candidates = resort
         if config.energy_mode != "Off":
             arrival.load = max(pool.load for pool in lane.pools)
-            if config.energy_mode == "Strict" and config.max_watts is not None:
-                within = _within_power(candidates, lane, config.max_watts)
+            if config.energy_mode == "Strict":
+                within = self._affordable(candidates, lane)
                 if within is None:
                     return NO_ROOM
                 candidates = within
         choice = choose(arrival, candidates, self._fleet.index, self._fleet.table, self._rng, now)
-        backlog, own, step, kv_wait = ttft_parts(arrival, choice.worker, choice.cached_tokens, now)
+        scored, hands_on = arrival, False
+        if lane.prefill_pools and divisible(arrival, choice):
+            elsewhere = self._choose_prefill(arrival, now)
+            if elsewhere is not None:
+                scored, choice = elsewhere
+                hands_on = True
+        backlog, own, step, kv_wait = ttft_parts(scored, choice.worker, choice.cached_tokens, now)
         if policy.hold_above_s is not None and backlog > policy.hold_above_s and config.admission.max_queue:
             return Waits(own)
-        return self._assign(arrival, choice, backlog + own + step + kv_wait, now)
+        return self._assign(arrival, choice, backlog + own + step + kv_wait, now, hands_on=hands_on)
 
-    def _assign(self, arrival: Arrival, choice: Choice, predicted_ttft_s: float, now: float) -> Ticket:
+    def _choose_prefill(self, arrival: Arrival, now: float) -> tuple[Arrival, Choice] | None:
+        """The Prefill worker for this prompt, and the arrival as it looks there; None: all are gone, full or failed."""
+        candidates = arrival.lane.candidates(arrival, self._rng, prefill=True)
+        if candidates is not None and arrival.lane.config.energy_mode == "Strict":
+            candidates = self._affordable(candidates, arrival.lane)
+        if candidates is None:
+            return None
+        there = replace(arrival, expected_output_tokens=1.0)
+        return there, choose(there, candidates, self._fleet.index, self._fleet.table, self._rng, now)
+
+    def _affordable(self, candidates: Candidates, lane: Lane) -> Candidates | None:
+        max_watts = lane.config.max_watts
+        return candidates if max_watts is None else _within_power(candidates, lane, max_watts)
+
+    def _assign(
+        self, arrival: Arrival, choice: Choice, predicted_ttft_s: float, now: float, *, hands_on: bool
+    ) -> Ticket:
         worker, cached = choice.worker, choice.cached_tokens
         parsed, prompt = arrival.parsed, arrival.prompt_tokens
+        if hands_on:
+            parsed = for_prefill(parsed)
         cache = worker.cache
         pinned = cache.pin(arrival.blocks, now) if arrival.blocks else []
         joules = marginal_joules(arrival, worker, prompt - cached)
@@ -208,6 +234,7 @@ class Placement:
             cached,
             worker.pool_state.cost.prefill_s(prompt - cached, prompt),
             joules,
+            hands_on=hands_on,
             pinned=pinned,
             pin_epoch=cache.epoch,
             new_from_block=choice.cached_blocks,
@@ -219,7 +246,8 @@ class Placement:
             heappush(self._presumable, (now + predicted_ttft_s, self._assigned, ticket))
         self._interval_s += 0.05 * (now - self._assigned_at - self._interval_s)
         self._assigned_at = now
-        made = Try(now, worker.name, choice.scored, choice.candidate_count, predicted_ttft_s, joules)
+        phase = "prefill" if hands_on else "decode" if arrival.received_tokens else ""
+        made = Try(now, worker.name, choice.scored, choice.candidate_count, predicted_ttft_s, joules, phase)
         arrival.decision.tries.append(made)
         return ticket
 
@@ -278,7 +306,7 @@ class Placement:
 
 def _within_power(candidates: Candidates, lane: Lane, max_watts: float) -> Candidates | None:
     """The candidates on which one more sequence keeps the lane's pools within their power budget."""
-    spare = max_watts - sum(pool.watts() for pool in lane.pools)
+    spare = max_watts - sum(pool.watts() for pool in (*lane.pools, *lane.prefill_pools))
 
     def added(worker: Worker) -> float:
         cost, sequences = worker.pool_state.cost, worker.decoding + worker.pending

@@ -46,7 +46,7 @@ def ttft_parts(arrival: Arrival, worker: Worker, cached_tokens: float, now: floa
     backlog = backlog_s(worker, now)
     expected = arrival.expected_output_tokens
     kv_wait = 0.0
-    deficit = worker.kv_used_tokens + uncached + expected - worker.kv_tokens
+    deficit = worker.kv_used_tokens + uncached + arrival.received_tokens + expected - worker.kv_tokens
     surplus = worker.decoding + worker.pending + 1 - worker.max_sequences
     if deficit > 0.0 or surplus > 0:
         life = expected * (step + STEP_SLACK_S) + backlog / 2
@@ -69,7 +69,8 @@ def ttft_parts_many(
     backlog = workers.inflation * np.maximum(left, 0.0)
     expected = arrival.expected_output_tokens
     life = expected * (step + STEP_SLACK_S) + backlog / 2
-    deficit = np.maximum(workers.kv_used_tokens + uncached + expected - workers.kv_tokens, 0.0)
+    needed = uncached + arrival.received_tokens + expected
+    deficit = np.maximum(workers.kv_used_tokens + needed - workers.kv_tokens, 0.0)
     kv_wait = deficit * life / np.maximum(workers.kv_used_tokens, 1.0)
     surplus = np.maximum(workers.decoding + workers.pending + 1.0 - workers.max_sequences, 0.0)
     kv_wait = np.maximum(kv_wait, surplus * life / workers.max_sequences)

@@ -28,6 +28,10 @@ ANY = "*"
 """The model of a pool that takes any name: workers given by URL alone."""
 
 
+Tier = list[tuple["Pool", int]]
+"""Pools and their weights."""
+
+
 class Candidates:
     """Workers to choose from, in the shapes that scoring wants."""
 
@@ -52,15 +56,22 @@ class Lane:
         self._fleet = fleet
         self._headers = [(match.name.lower().encode(), match.value.encode()) for match in config.headers]
         self._built: dict[tuple[str, ...], tuple[int, Candidates]] = {}
-        tiers: dict[int, list[tuple[Pool, int]]] = {}
+        tiers: dict[int, Tier] = {}
+        prefill: dict[int, Tier] = {}
         for ref in config.pools:
             pool = fleet.pools.get(ref.name)
-            if pool is not None and ref.weight > 0 and pool.serves(model) and pool.config.role != "Prefill":
-                tiers.setdefault(ref.tier, []).append((pool, ref.weight))
+            if pool is not None and ref.weight > 0 and pool.serves(model):
+                phase = prefill if pool.config.role == "Prefill" else tiers
+                phase.setdefault(ref.tier, []).append((pool, ref.weight))
         self.tiers = [tiers[tier] for tier in sorted(tiers)]
+        self.prefill_tiers = [prefill[tier] for tier in sorted(prefill)]
         self.pools = [pool for tier in self.tiers for pool, _ in tier]
+        """Those that answer."""
+        self.prefill_pools = [pool for tier in self.prefill_tiers for pool, _ in tier]
+        """Those that compute prompts for Decode pools (disaggregation.py)."""
         self._longest_context = max((pool.config.max_context_tokens or 2**62 for pool in self.pools), default=0)
-        self._context_limited = any(pool.config.max_context_tokens for pool in self.pools)
+        every = (*self.pools, *self.prefill_pools)
+        self._context_limited = any(pool.config.max_context_tokens for pool in every)
 
     def matches(self, parsed: ParsedRequest, prompt_tokens: float) -> bool:
         """Headers, context length and priority; the model is known to match."""
@@ -74,9 +85,12 @@ class Lane:
             return False
         return all(parsed.headers.get(name) == value for name, value in self._headers)
 
-    def candidates(self, arrival: Arrival, rng: random.Random) -> Candidates | None:
-        """The usable workers of the lowest tier that has any. Strategies blind to cost get one pool, drawn by weight."""
-        for tier in self.tiers:
+    def candidates(self, arrival: Arrival, rng: random.Random, *, prefill: bool = False) -> Candidates | None:
+        """The usable workers of the lowest tier that has any. Strategies blind to cost get one pool, drawn by weight.
+
+        `prefill`: those that compute prompts for others.
+        """
+        for tier in self.prefill_tiers if prefill else self.tiers:
             pools = (
                 [(pool, weight) for pool, weight in tier if self._fits(pool, arrival)]
                 if self._context_limited

@@ -42,6 +42,10 @@ class Arrival:
     blocks: list[int]
     """Chained hashes of the prompt's blocks; empty when the policy does not look at prefixes."""
     decision: Decision
+    received_tokens: float = 0.0
+    """Prompt tokens that a Prefill worker has computed for it and hands to whoever decodes."""
+    whole: bool = False
+    """Not to be divided between a Prefill and a Decode worker (any more)."""
     load: float = 0.0
     """How busy the lane's pools are: 0 idle, 1 at the SLO's edge."""
     attempt: int = 0
@@ -73,6 +77,8 @@ class Ticket:
     """Predicted prefill time of the uncached tokens, uncalibrated, alone on the worker."""
     joules: float
     """Predicted marginal energy."""
+    hands_on: bool = False
+    """The worker computes the prompt only and hands its KV entries on: `Dispatcher.prefilled` comes next, not `finish`."""
     first_token_at: float | None = None
     chunks: int = 0
     """Body chunks received: engines send one for each token of a stream."""
@@ -86,6 +92,8 @@ class Ticket:
     """Blocks from this one on were in nobody's prompt on the worker before."""
     loose_tokens: float = 0.0
     """Prompt tokens outside the pinned blocks."""
+    decoding_since: float = 0.0
+    """When its decode phase began."""
     tokens_at_start: float = 0.0
     sequence_seconds_at_start: float = 0.0
     context_token_seconds_at_start: float = 0.0

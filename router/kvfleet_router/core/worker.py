@@ -12,12 +12,13 @@ is n·V − ΣV0. When the worker falls idle every sum is set to zero, so roundi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import exp
+from math import exp, inf
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from kvfleet_router.core.breaker import Breaker
 from kvfleet_router.core.calibration import PREFILL_ALIKE_PRIOR_S, STEP_ALIKE_PRIOR_S, Deviation
+from kvfleet_router.core.columns import YOUNG
 from kvfleet_router.core.ticket import CLOSED, DECODING, PENDING, Ticket
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ class Worker:
         "context_tokens",
         "contradictions",
         "decoding",
+        "decoding_since",
         "elsewhere",
         "endpoint",
         "fixed_step_joules",
@@ -177,6 +179,8 @@ class Worker:
         self.prefill_share_at = now
         self.head_since = now
         """When the prefill now running began."""
+        self.decoding_since: list[float] = []
+        """When the requests now decoding began to, the latest last."""
         self._pending: dict[int, Ticket] = {}
         self._loose_tokens = 0.0  # prompt tokens in flight outside pinned blocks
         self._decode_prompt_tokens = 0.0
@@ -235,6 +239,8 @@ class Worker:
         self.prefill_share_at = now
         ticket.phase = DECODING
         ticket.presumed = presumed
+        ticket.decoding_since = now
+        self.decoding_since.append(now)
         ticket.tokens_at_start = self._tokens_per_sequence
         ticket.sequence_seconds_at_start = self.sequence_seconds
         ticket.context_token_seconds_at_start = self.context_token_seconds
@@ -262,6 +268,7 @@ class Worker:
         elif ticket.phase == DECODING:
             sequences = ticket.parsed.sequences
             own.decoding -= sequences
+            self.decoding_since.remove(ticket.decoding_since)
             self._decode_prompt_tokens -= ticket.prompt_tokens
             self._generated_offset -= sequences * ticket.tokens_at_start
         ticket.phase = CLOSED
@@ -326,6 +333,11 @@ class Worker:
         self.fixed_step_joules = max(cost.step_joules - cost.idle_watts * self.step_s, 0.0)
         self._refresh()
 
+    def youngest(self) -> list[float]:
+        """When the YOUNG requests that began last to decode did so, the latest first; -inf where there are fewer."""
+        latest = self.decoding_since[: -YOUNG - 1 : -1]
+        return latest + [-inf] * (YOUNG - len(latest))
+
     # -- inside ---------------------------------------------------------------------------------------------------------
 
     def _advance(self, now: float) -> None:
@@ -350,7 +362,7 @@ class Worker:
 
     def _calibrate_prefill(self, ticket: Ticket, now: float) -> None:
         """Observed: the time since the engine could begin with it, less the decode steps in between."""
-        if not self._boundary_exact and self._last_first_token > ticket.sent_at:
+        if ticket.arrival.received_tokens or (not self._boundary_exact and self._last_first_token > ticket.sent_at):
             return
         if self.kv_used_tokens > self.kv_tokens or self.decoding + self.pending > self.max_sequences:
             return  # it waited for room, not for compute

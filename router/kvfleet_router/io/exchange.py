@@ -9,6 +9,9 @@ connection that turns out closed is replaced once, and a worker that cannot be r
 that it is shutting down is replaced by another one, as often as the policy's `resilience.retries` says. Complete answers
 up to HOLD_BYTES are held to their end, so that one cut off by a dying worker is repeated as well.
 
+Where prompts are computed apart (core/disaggregation.py), a first answer comes from a Prefill worker and is kept here: with
+what it hands on, the dispatcher is asked who decodes, and the request goes out a second time.
+
 After the first byte an event stream that breaks gets an error event and `[DONE]`; any other answer is cut off, so that it
 cannot be taken for a whole one. Where the policy asks for it, texts go on at another worker instead (resume.py).
 """
@@ -25,6 +28,7 @@ from kvfleet_router.core.parse import ParsedRequest, RequestError, read_request
 from kvfleet_router.core.ticket import Held, Refusal, Ticket
 from kvfleet_router.io import resume, wire
 from kvfleet_router.io.dechunker import Dechunker
+from kvfleet_router.io.disaggregation import MAX_ANSWER_BYTES, decode_body, prefill_body, transfer_params
 from kvfleet_router.io.multipart import form_model
 from kvfleet_router.io.usage import NO_USAGE, SEARCHED_BYTES, read_usage
 from kvfleet_router.io.verdict import ABORTED, failure
@@ -54,6 +58,7 @@ class Exchange:
         "connection",
         "done",
         "first_byte_at",
+        "handed",
         "held",
         "parsed",
         "proxy",
@@ -79,6 +84,8 @@ class Exchange:
         self.held: Held | None = None
         self.ticket: Ticket | None = None
         self.upstream: UpstreamConnection | None = None
+        self.handed = b""
+        """`kv_transfer_params` of the worker that computed the prompt."""
         self.replaced = False
         """A kept-alive connection was found closed and replaced."""
         self.resume: ResumableStream | None = None
@@ -162,6 +169,10 @@ class Exchange:
     def _write(self, upstream: UpstreamConnection, ticket: Ticket) -> None:
         request = self.request
         body = request.body if self.resume is None else self.resume.resumption.body()
+        if ticket.hands_on:
+            body = prefill_body(body, chat=self.parsed.kind == "chat")
+        elif ticket.arrival.received_tokens:
+            body = decode_body(body, self.handed)
         head = b"".join(
             (
                 b"POST ",
@@ -182,8 +193,14 @@ class Exchange:
     # From the worker
 
     def answer_began(self) -> None:
-        upstream = self.upstream
-        assert upstream is not None
+        upstream, ticket = self.upstream, self.ticket
+        assert upstream is not None and ticket is not None
+        if ticket.hands_on and upstream.status < 300:
+            if upstream.held_bytes > MAX_ANSWER_BYTES:
+                self.upstream = None
+                upstream.abort()
+                self._try_again("bad_response: too long an answer of a Prefill worker")
+            return
         if upstream.held_bytes <= HOLD_BYTES:
             if upstream.status >= 500:
                 return
@@ -200,12 +217,39 @@ class Exchange:
         if upstream.forward is None:
             if self._another_may_do(upstream):
                 return
+            if ticket.hands_on and upstream.status < 300:
+                self._hand_on(upstream, ticket)
+                return
             self._release(upstream)
             if self.done:
                 return
         if self.resume is not None and not resume.ended_well(self, self.resume, upstream, ticket):
             return
         self._finish(upstream, ticket)
+
+    def _hand_on(self, upstream: UpstreamConnection, ticket: Ticket) -> None:
+        """The prompt is computed: go on where it is to be decoded."""
+        body = upstream.held_body()
+        if upstream.chunked:
+            pieces: list[bytes] = []
+            Dechunker(pieces.append).feed(body)
+            body = b"".join(pieces)
+        usage = read_usage(body[-SEARCHED_BYTES:])
+        self.handed = transfer_params(body)
+        self.upstream = None
+        upstream.detach()
+        self.proxy.metrics.handed_on(ticket, bool(self.handed))
+        if not self.handed:
+            log.warning("worker %s: no kv_transfer_params: is it started with a KV connector?", ticket.worker.name)
+        self.take(
+            self.proxy.dispatcher.prefilled(
+                ticket,
+                self.assigned,
+                handed=bool(self.handed),
+                prompt_tokens=usage.prompt,
+                cached_tokens=usage.cached,
+            )
+        )
 
     def _another_may_do(self, upstream: UpstreamConnection) -> bool:
         """Whether what came, of which nothing has gone out, was given up and the request sent to another worker."""

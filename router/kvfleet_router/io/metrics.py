@@ -123,6 +123,8 @@ class RouterMetrics(Collector):
         self.decision = Histogram(DECISION_BUCKETS_S)
         self.retries: dict[tuple[str, str], int] = {}
         """By (pool, cause)."""
+        self.prefills: dict[tuple[str, str], int] = {}
+        """By (pool, result)."""
         self.errors: dict[str, int] = {}
         """By cause."""
         self.extra: list[Callable[[], Iterable[Metric]]] = []
@@ -137,7 +139,8 @@ class RouterMetrics(Collector):
         series.e2e.observe(now - exchange.started_at)
         prompt_tokens = usage.prompt
         series.prompt_tokens += ticket.prompt_tokens if prompt_tokens is None else prompt_tokens
-        series.cached_predicted += ticket.cached_tokens
+        if not ticket.arrival.received_tokens:  # else the tokens came along
+            series.cached_predicted += ticket.cached_tokens
         if usage.cached:
             series.cached_reported += usage.cached
         tokens = usage.output
@@ -162,6 +165,11 @@ class RouterMetrics(Collector):
     def retried(self, ticket: Ticket, cause: str) -> None:
         key = (ticket.worker.pool, cause)
         self.retries[key] = self.retries.get(key, 0) + 1
+
+    def handed_on(self, ticket: Ticket, handed: bool) -> None:
+        """A Prefill worker answered."""
+        key = (ticket.worker.pool, "handed_on" if handed else "nothing_handed")
+        self.prefills[key] = self.prefills.get(key, 0) + 1
 
     def error(self, cause: str) -> None:
         self.errors[cause] = self.errors.get(cause, 0) + 1
@@ -263,7 +271,12 @@ class RouterMetrics(Collector):
         errors = CounterMetricFamily(PREFIX + "errors", "What went wrong, by cause.", labels=("cause",))
         for cause, count in self.errors.items():
             errors.add_metric((cause,), count)
-        yield from (retries, errors)
+        prefills = CounterMetricFamily(
+            PREFIX + "prefills", "Prompts computed by Prefill workers for others.", labels=("pool", "result")
+        )
+        for key, count in self.prefills.items():
+            prefills.add_metric(key, count)
+        yield from (retries, errors, prefills)
 
     def _fleet(self) -> Iterator[Metric]:
         dispatcher = self._dispatcher

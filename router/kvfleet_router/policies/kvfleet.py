@@ -6,7 +6,8 @@
     harm   = aP·own·n_dec + bD·E·[(H + C·(L + E/2))·n1 + H·n1 + C·ctx]                 what it slows, and is slowed
     evict  = gE·max(0, u + E − free)·Pp·exp(−age of the LRU tail / 60 s)               what it pushes out of the cache
     slo    = gI·[v(itl1) + n1·(v(itl1) − v(itl0))] + gT·σ((TTFT − m·slack)/(.05·slack))   marginal goodput
-             + gS·[F(1 + own/(SLO − itl0)) − F(1)]·(n_pending + n_dec/3)                   F: share of answers so short
+             + gS·Σ [F(1 + own/(SLO − itl0)) − F(a)]/(1 − F(a))      F: share of answers so short, a: tokens they have
+               over the n_pending (a = 1: that has no gap to be stalled) and the youngest six that decode
              itl0 = step/(1 − share), itl1 = (step + H + C·L)/(1 − share − own/20 s), share = time spent in prefill
              v(x) = σ((x − m·SLO)/(.06·SLO)), m = the margin
     ΔE     = ep·u + E·(E1 + Ec·(L + E/2)) + (E0 − P_idle·W)·E/(n1 + 1)                 joules it adds
@@ -15,9 +16,9 @@
 
 Intent. Backlog is measured in time, so a short prompt does not queue behind an 80k one. The SLO term is marginal: a worker
 beyond its SLO costs nothing more, so overload is concentrated instead of pushing every worker just over the line. Its stall
-term is what means over 20 s miss: an answer of few tokens (more than one: that has no gap to be stalled) has no time to
-recover from one long prefill right behind its own, and the prompts pending on a worker are exactly those whose answers
-begin when this prefill does. While the winner's backlog exceeds θ the request stays at the router, where it can still go
+term is what means over 20 s miss: an answer of few tokens has no time to recover from one long prefill right behind its own,
+and the prompts pending on a worker are exactly those whose answers begin when this prefill does. An answer that has already
+gone on for longer than the prefill costs in spare time is safe. While the winner's backlog exceeds θ the request stays at the router, where it can still go
 elsewhere.
 
 With energy, the SLO weighs more and its margin is earlier (the guard), and joules have a price: load gathers on few
@@ -35,8 +36,8 @@ from typing import ClassVar
 import numpy as np
 
 from kvfleet_api.fleetconfig import PolicyConfig
-from kvfleet_router.core.calibration import OUTPUT_EDGES
-from kvfleet_router.core.columns import Array, Columns
+from kvfleet_router.core.calibration import OUTPUT_EDGES, OutputLengths
+from kvfleet_router.core.columns import YOUNG, Array, Columns
 from kvfleet_router.core.energy import marginal_joules, marginal_joules_many
 from kvfleet_router.core.policy import Policy
 from kvfleet_router.core.predict import ttft_parts, ttft_parts_many
@@ -79,7 +80,7 @@ GOODPUT = Weights(
     hold_above_s=0.1,
     itl_slo_s=0.3,
     ttft_slo_s=0.3,
-    stall_s=0.6,
+    stall_s=2.0,
 )
 """GP: most requests inside their SLO; the default."""
 GUARD = replace(GOODPUT, itl_slo_s=1.0, ttft_slo_s=1.0, itl_margin=0.6, ttft_margin=0.6)
@@ -95,8 +96,6 @@ ITL_SHARPNESS = 0.06
 TTFT_SHARPNESS = 0.05
 MIN_SPARE_ITL = 0.1
 """Part of the ITL SLO that is counted as spare even where there is none: beyond the SLO, what comes costs no more."""
-STALLED_DECODING = 1 / 3
-"""A decoding sequence is less likely to be short than a pending one: it has already lasted."""
 MIN_DECODE_SHARE = 0.02
 """Decoding never starves entirely, whatever the prefill share says."""
 
@@ -140,7 +139,7 @@ class KVFleet(Policy):
             harm += weights.prefill_harm * own * decoding
 
         evict = 0.0
-        overflow = uncached + expected - worker.kv_free_tokens
+        overflow = uncached + arrival.received_tokens + expected - worker.kv_free_tokens
         if overflow > 0.0:
             age = max(now - worker.tail_used_at, 0.0)
             evict = weights.eviction * overflow * worker.prefill_s_per_token * exp(-age / EVICTION_AGE_S)
@@ -160,9 +159,7 @@ class KVFleet(Policy):
                 itl = step / (free if free > MIN_DECODE_SHARE else MIN_DECODE_SHARE)
                 slo += weights.itl_slo_s * sequences * (after - _sigmoid((itl - middle) / width))
                 spare, least = target - itl, MIN_SPARE_ITL * target
-                outputs = arrival.outputs
-                stalled = outputs.share_up_to(1.0 + own / (spare if spare > least else least)) - outputs.shares[0]
-                slo += weights.stall_s * stalled * (pending + decoding * STALLED_DECODING)
+                slo += weights.stall_s * _stalled(arrival.outputs, own / max(spare, least), worker, itl, now)
         slack = arrival.deadline - now
         if weights.ttft_slo_s and slack > 0.0:
             slo += weights.ttft_slo_s * _sigmoid((ttft - weights.ttft_margin * slack) / (TTFT_SHARPNESS * slack))
@@ -186,7 +183,7 @@ class KVFleet(Policy):
             harm += weights.prefill_harm * own * decoding
 
         evict = np.zeros_like(own)
-        overflow = uncached + expected - workers.kv_free_tokens
+        overflow = uncached + arrival.received_tokens + expected - workers.kv_free_tokens
         if overflow.max() > 0.0:
             age = np.maximum(now - workers.tail_used_at, 0.0)
             tokens = np.maximum(overflow, 0.0)
@@ -203,9 +200,7 @@ class KVFleet(Policy):
             itl = step / np.maximum(free, MIN_DECODE_SHARE)
             slo = weights.itl_slo_s * (after + sequences * (after - _sigmoids((itl - middle) / width)))
             spare = np.maximum(target - itl, MIN_SPARE_ITL * target)
-            shares = arrival.outputs.shares
-            stalled = np.interp(1.0 + own / spare, OUTPUT_EDGES, shares) - shares[0]
-            slo += weights.stall_s * stalled * (pending + decoding * STALLED_DECODING)
+            slo += weights.stall_s * _stalled_many(arrival.outputs, own / spare, workers, itl, now)
         slack = arrival.deadline - now
         if weights.ttft_slo_s and slack > 0.0:
             slo += weights.ttft_slo_s * _sigmoids((ttft - weights.ttft_margin * slack) / (TTFT_SHARPNESS * slack))
@@ -222,6 +217,31 @@ class KVFleetLatency(KVFleet):
 
 def _between(low: Weights, high: Weights, share: float) -> Weights:
     return Weights(*((1.0 - share) * a + share * b for a, b in zip(astuple(low), astuple(high), strict=True)))
+
+
+def _stalled(outputs: OutputLengths, tokens: float, worker: Worker, itl_s: float, now: float) -> float:
+    """Answers expected to be too short to get over a pause that takes the spare time of so many tokens."""
+    length = 1.0 + tokens
+    up_to = outputs.share_up_to(length)
+    stalled = worker.pending * (up_to - outputs.shares[0])
+    for since in worker.decoding_since[: -YOUNG - 1 : -1]:
+        age = 1.0 + (now - since) / itl_s
+        if age >= length:
+            break
+        past = outputs.share_up_to(age)
+        if past < 1.0:
+            stalled += (up_to - past) / (1.0 - past)
+    return stalled
+
+
+def _stalled_many(outputs: OutputLengths, tokens: Array, workers: Columns, itl_s: Array, now: float) -> Array:
+    length = 1.0 + tokens
+    up_to = np.interp(length, OUTPUT_EDGES, outputs.shares)
+    ages = 1.0 + (now - workers.youngest) / itl_s
+    past = np.minimum(np.interp(ages, OUTPUT_EDGES, outputs.shares), 1.0 - 1e-12)
+    at_risk = np.where(ages < length, (up_to - past) / (1.0 - past), 0.0)
+    stalled: Array = workers.pending * (up_to - outputs.shares[0]) + np.maximum(at_risk, 0.0).sum(axis=0)
+    return stalled
 
 
 def _sigmoid(x: float) -> float:

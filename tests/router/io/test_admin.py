@@ -135,6 +135,7 @@ async def test_the_exposition_is_valid_and_names_are_the_documented_ones(bench: 
         "output_tokens": "counter",
         "retries": "counter",
         "errors": "counter",
+        "prefills": "counter",
         "decision_seconds": "histogram",
         "predicted_ttft_seconds": "gauge",
         "ttft_prediction_error_seconds": "histogram",

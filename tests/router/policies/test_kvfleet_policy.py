@@ -5,6 +5,7 @@ from math import exp
 import pytest
 from routing_fleet import COST, Fleet, config, cost, policy, pool, request
 
+from kvfleet_router.core.columns import YOUNG
 from kvfleet_router.core.dispatcher import Held
 from kvfleet_router.policies.kvfleet import (
     ENERGY_FULL_BELOW_LOAD,
@@ -109,6 +110,7 @@ def test_pushing_sequences_over_the_itl_slo_is_what_costs():
 def test_the_slo_part_is_the_formula():
     fleet = one_worker(itl_slo_s=0.012, ttft_slo_s=0.5)
     worker = decoding(fleet, 20)
+    worker.decoding_since[-8:] = [fleet.now - age_s for age_s in (9, 4, 1, 0.5, 0.05, 0.02, 0.01, 0)]
     parts, arrival = parts_of(fleet, request(3000))
     step, own = worker.step_now_s, parts["prefill"]
     h, c = COST.step_s_per_sequence, COST.step_s_per_context_token
@@ -122,8 +124,12 @@ def test_the_slo_part_is_the_formula():
     ttft = parts["backlog"] + own + parts["step"] + parts["kv_wait"]
     slack = arrival.deadline - fleet.now
     expected = GOODPUT.itl_slo_s * (after + 20 * (after - v(itl)))
-    stalled = arrival.outputs.share_up_to(1 + own / (0.012 - itl)) - arrival.outputs.share_up_to(1)
-    expected += GOODPUT.stall_s * stalled * 20 / 3
+    length, share_up_to = 1 + own / (0.012 - itl), arrival.outputs.share_up_to
+    ages = sorted(1 + (fleet.now - since) / itl for since in worker.decoding_since)[:YOUNG]
+    assert ages[2] < length < ages[4]
+    expected += GOODPUT.stall_s * sum(
+        (share_up_to(length) - share_up_to(age)) / (1 - share_up_to(age)) for age in ages if age < length
+    )
     expected += GOODPUT.ttft_slo_s * sigmoid((ttft - 0.9 * slack) / (0.05 * slack))
     assert parts["slo"] == pytest.approx(expected)
 
@@ -215,3 +221,17 @@ def test_without_a_queue_nothing_waits():
     fleet = one_worker(admission={"max_queue": 0})
     for n in range(5):
         fleet.sent(request(20_000, prefix=n))
+
+
+def test_answers_that_have_lasted_are_safe_from_a_stall():
+    """A prompt that stalls what has just begun costs more than one that stalls what has been going on for long."""
+    fleet = one_worker()
+    for n in range(100):
+        fleet.answer(fleet.sent(request(10, prefix=("label", n))), output_tokens=2 + n)
+    fleet.now += 500
+    worker = decoding(fleet, 6)
+    costs = []
+    for age_s in (0.0, 0.2, 5.0):
+        worker.decoding_since[:] = [fleet.now - age_s] * 6
+        costs.append(parts_of(fleet, request(4000))[0]["slo"])
+    assert costs[0] > costs[1] > costs[2]

@@ -57,6 +57,7 @@ def worker(load=0, cached=0, *, name="w", tree=0, **figures):
 def costs(strategy, workers, *, blocks=(7,)):
     """Every worker's cost by part."""
     arrival = SimpleNamespace(
+        received_tokens=0.0,
         prompt_tokens=1000.0,
         expected_output_tokens=100.0,
         parsed=SimpleNamespace(sequences=1),
@@ -250,7 +251,11 @@ def test_a_policy_keeps_nothing_between_decisions(strategy):
     made = REGISTRY[strategy](policy())
     before = dict(vars(made))
     arrival = SimpleNamespace(
-        prompt_tokens=1000.0, expected_output_tokens=9.0, parsed=SimpleNamespace(sequences=1), blocks=[3]
+        received_tokens=0.0,
+        prompt_tokens=1000.0,
+        expected_output_tokens=9.0,
+        parsed=SimpleNamespace(sequences=1),
+        blocks=[3],
     )
     for _ in range(20):
         workers = [worker(rng.randrange(100), rng.randrange(100), name=f"w{n}") for n in range(4)]
