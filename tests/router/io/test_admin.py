@@ -149,6 +149,7 @@ async def test_the_exposition_is_valid_and_names_are_the_documented_ones(bench: 
         "client_connections": "gauge",
         "request_body_bytes": "gauge",
         "bad_requests": "counter",
+        "tasks": "gauge",
     }
     assert "process_resident_memory_bytes" in families
 
