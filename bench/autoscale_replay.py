@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvfleet_api.modelpool import AutoscalingSpec
+from kvfleet_api.modelpool import AutoscalingSpec, ForecastSpec
 from kvfleet_operator.autoscale.autoscaler import Autoscaler, PoolStep
 from kvfleet_operator.autoscale.decide import Workers
 from kvfleet_operator.autoscale.readings import Quality, Reading
@@ -134,6 +134,7 @@ def fixed(replicas: int) -> Rule:
 def autoscaled(spec: AutoscalingSpec, startup_s: float, *, forecasting: bool) -> Rule:
     """The operator's rule, with the readings its routers would give."""
     autoscaler = Autoscaler()
+    spec = spec.model_copy(update={"forecast": ForecastSpec(mode="Raise" if forecasting else "Off")})
 
     def decide(pool: Fluid, now_s: float) -> int:
         demand = pool.in_flight + pool.queued
@@ -146,7 +147,6 @@ def autoscaled(spec: AutoscalingSpec, startup_s: float, *, forecasting: bool) ->
             [reading],
             busy,
             busy,
-            forecasting=forecasting,
             startup_s=startup_s,
         )
         return autoscaler.step([step], now_s)["bench/pool"].decision.desired

@@ -30,6 +30,8 @@ if [ "$(id -u)" -ne 0 ]; then
 fi
 echo "e2e: installing $packages" >&2
 export DEBIAN_FRONTEND=noninteractive
+# Another installation on this machine is waited for.
+apt=(apt-get -o DPkg::Lock::Timeout=300 -qq)
 # shellcheck disable=SC2086
-apt-get install -y -qq --no-install-recommends $packages >/dev/null 2>&1 \
-  || { apt-get update -qq >/dev/null && apt-get install -y -qq --no-install-recommends $packages >/dev/null; }
+"${apt[@]}" install -y --no-install-recommends $packages >/dev/null 2>&1 \
+  || { "${apt[@]}" update >/dev/null && "${apt[@]}" install -y --no-install-recommends $packages >/dev/null; }

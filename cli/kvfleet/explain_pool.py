@@ -97,6 +97,10 @@ def explain_pool(pool: ModelPool, now: datetime | None = None) -> RenderableType
         lines.append(_line("binding signal", told.binding_signal or "none: no signal has a usable figure"))
         lines.append(_line("held back by", told.held_back_by or "nothing", "yellow" if told.held_back_by else ""))
         lines.append(_line("last change", _ago(told.last_scale_time, now)))
+        if told.forecast:
+            lines.append(_line("forecast", f"{told.forecast}{_says(autoscaling.forecast.mode)}"))
+        if told.startup_seconds is not None:
+            lines.append(_line("start-up", f"{told.startup_seconds} s until a worker is ready"))
     conditions = {condition.type: condition for condition in (status.conditions if status else [])}
     lines += [_condition(conditions[kind]) for kind in SHOWN if kind in conditions]
     return Group(*lines, "")
@@ -114,6 +118,10 @@ def _headline(pool: ModelPool) -> Text:
 
 def _line(what: str, text: str, style: str = "") -> Text:
     return Text(f"  {what + ':':<16}").append(text, style=style)
+
+
+def _says(mode: str) -> str:
+    return "; it only reports" if mode == "Observe" else ""
 
 
 def _ago(stamp: str | None, now: datetime) -> str:

@@ -223,6 +223,13 @@ class ScheduleEntry(Schema):
     """Lower bound while the entry lasts."""
 
 
+class ForecastSpec(Schema):
+    mode: Literal["Raise", "Observe", "Off"] = "Raise"
+    """What a forecast may do: `Raise` starts workers ahead of a load that comes back every day; `Observe` only reports."""
+    lead_seconds: Annotated[int, Field(ge=1, le=21_600, examples=[600])] | None = None
+    """How far it looks ahead. Default: what the pool's last workers took from their creation until they were ready."""
+
+
 class AutoscalingSpec(Schema):
     min_replicas: Annotated[int, Field(ge=0, le=10_000)] = 1
     """Fewest workers. 0 lets the pool go to zero."""
@@ -238,6 +245,10 @@ class AutoscalingSpec(Schema):
     """When an idle pool goes to zero."""
     schedule: Annotated[list[ScheduleEntry], Field(max_length=32)] = []
     """Lower bounds by the clock."""
+    forecast: Annotated[ForecastSpec, Field(default_factory=ForecastSpec)]
+    """A lower bound from the day and the week that repeat themselves."""
+    priority: Annotated[int, Field(ge=-1000, le=1000)] = 0
+    """Under a budget of GPUs or watts that all autoscaled pools share, pools of higher priority grow first."""
 
     @rule(
         cel="self.minReplicas <= self.maxReplicas",
@@ -326,6 +337,10 @@ class AutoscalingStatus(LenientSchema):
     """When it last changed the number of workers."""
     held_back_by: ShortText | None = None
     """What keeps the pool from its raw wish: stabilisation, a rate policy, a budget, missing data."""
+    forecast: ShortText | None = None
+    """What the forecast expects, or how far it has learned."""
+    startup_seconds: int | None = None
+    """What the pool's last workers took until they were ready: the 90th percentile of up to 32."""
 
 
 class ModelPoolStatus(LenientSchema):

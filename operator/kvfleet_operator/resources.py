@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, Final
 
 from kvfleet_api import GROUP, VERSION
@@ -72,6 +73,14 @@ def pod_address(pod: Mapping[str, Any]) -> str | None:
     if pod["metadata"].get("deletionTimestamp") or ready_since(pod) is None:
         return None
     return (pod.get("status") or {}).get("podIP")
+
+
+def unix_s(stamp: object) -> float | None:
+    """A timestamp of Kubernetes as Unix time; None where there is none."""
+    try:
+        return datetime.fromisoformat(str(stamp)).astimezone(UTC).timestamp()
+    except ValueError:
+        return None
 
 
 def ready_since(pod: Mapping[str, Any]) -> str | None:

@@ -137,6 +137,10 @@ class World:
             if pod_address(pod)
         }
 
+    def workers(self, pool: ModelPool) -> list[Manifest]:
+        """A pool's pods that serve HTTP, ready or not."""
+        return [pod for _, pod in self._workers(pool)]
+
     def _workers(self, pool: ModelPool) -> Iterator[tuple[str, Manifest]]:
         """Those that serve HTTP."""
         for name, pod in self._pods_of(names.POOL, pool).items():

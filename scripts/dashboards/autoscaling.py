@@ -127,13 +127,33 @@ def _load() -> list[Panel]:
                 Query(f"sum by (namespace, pool) (kvfleet_router_in_flight{{{POOL}}})", "{{pool}}"),
                 Query(f"sum by (namespace, policy) (kvfleet_router_queue_depth{{{NAMESPACE}}})", "queue of {{policy}}"),
             ],
+            width=24,
             stacked=True,
+        ),
+        Panel(
+            "Forecast",
+            "The demand expected until a worker started now would be ready, beside the demand there is. It starts workers only"
+            " once it has proved itself: see the pool's status.autoscaling.forecast.",
+            units.Short,
+            [
+                Query(f"max {BY_POOL} ({PREFIX}forecast_demand{{{SCALED}}})", "{{pool}} expected"),
+                Query(f'max {BY_POOL} ({PREFIX}signal_value{{{SCALED},signal="concurrency"}})', "{{pool}} now"),
+            ],
+            width=8,
+        ),
+        Panel(
+            "Start-up time",
+            "From creating a worker until it is ready: how far a forecast looks ahead.",
+            units.Seconds,
+            [Query(f"max {BY_POOL} ({PREFIX}startup_seconds{{{SCALED}}})", "{{pool}}")],
+            width=8,
         ),
         Panel(
             "Time to first token",
             "By pool, while it scales.",
             units.Seconds,
             quantiles("kvfleet_router_ttft_seconds", POOL, ", namespace, pool", " {{pool}}"),
+            width=8,
         ),
     ]
 

@@ -42,6 +42,8 @@ SCALED = pool(
         "autoscaling": {
             "desiredReplicas": 5,
             "bindingSignal": "concurrency: 48 against 10",
+            "forecast": "61.2 within 3 min (confidence 84%)",
+            "startupSeconds": 170,
             "heldBackBy": "GPU budget: 10 of 10 are used and a worker needs 2",
             "lastScaleTime": "2026-01-01T00:00:00Z",
         },
@@ -71,6 +73,8 @@ def test_it_says_what_decided_what_holds_it_back_and_when_it_changed():
         "  binding signal: concurrency: 48 against 10",
         "  held back by:   GPU budget: 10 of 10 are used and a worker needs 2",
         "  last change:    2026-01-01T00:00:00Z (5 min ago)",
+        "  forecast:       61.2 within 3 min (confidence 84%)",
+        "  start-up:       170 s until a worker is ready",
         "  ScalingActive:  False, SomeMetrics: kvUsage: absent",
         "",
     ]

@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 from dataclasses import dataclass, field
 
+import operator_manifests
+
 
 @dataclass
 class Router:
@@ -65,9 +67,6 @@ def replicas(cluster):
     return found and found["spec"]["replicas"]
 
 
-def worker_pod(name, pool="llama", created="2026-01-01T00:00:00Z", ready=True):
-    labels = {"app.kubernetes.io/component": "engine", "kvfleet.io/pool": pool}
-    conditions = [{"type": "Ready", "status": "True" if ready else "False"}]
-    metadata = {"name": name, "namespace": "default", "labels": labels, "creationTimestamp": created}
-    status = {"podIP": "127.0.0.1", "conditions": conditions}
-    return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "status": status}
+def worker_pod(name, pool="llama", ready_at="2026-01-01T00:02:00Z"):
+    """A ready worker without adapters, created at midnight."""
+    return operator_manifests.worker_pod(name, pool=pool, since=ready_at, with_lora=False)

@@ -150,6 +150,22 @@ async def test_a_router_that_wakes_the_pool_first_is_not_overruled(cluster, logi
         await cluster.until(lambda: replicas(cluster) == 4)
 
 
+async def test_the_status_tells_the_forecast_and_how_long_workers_take_to_start(cluster, login, make, router):
+    async with running(login, scaling=FAST) as operator:
+        put_fleet(cluster, make, router.port, forecast={"mode": "Observe"})
+        await cluster.until(lambda: status(cluster).get("forecast") == "learning: 0% of a day seen")
+        assert "startupSeconds" not in status(cluster)
+        cluster.put(worker_pod("a"))
+        await cluster.until(lambda: status(cluster).get("startupSeconds") == 120)
+        cluster.put(worker_pod("b", ready_at="2026-01-01T00:04:00Z"))
+        await cluster.until(lambda: status(cluster).get("startupSeconds") == 228)
+        registry, pool = operator.metrics.registry, {"pool_namespace": "default", "pool": "llama"}
+        assert registry.get_sample_value("kvfleet_operator_pool_startup_seconds", pool) == 228
+        assert registry.get_sample_value("kvfleet_operator_pool_forecast_demand", pool) == 0
+        cluster.edit("ModelPool", "llama", lambda found: found["spec"]["autoscaling"].update(forecast={"mode": "Off"}))
+        await cluster.until(lambda: "forecast" not in status(cluster))
+
+
 async def test_without_autoscaling_nothing_of_it_stays_in_the_status(cluster, login, make, router):
     async with running(login, scaling=FAST):
         put_fleet(cluster, make, router.port)

@@ -36,9 +36,8 @@ class PoolStep:
     """Requests in flight or held for the pool (`signals.activity_signals`)."""
     served: Reading
     """Requests ever served."""
-    forecasting: bool = False
-    startup_s: float = DEFAULT_STARTUP_S
-    """From creating a worker until it is ready."""
+    startup_s: float | None = None
+    """From creating a worker until it is ready, as measured; None: no worker was seen to start yet."""
     gpus_per_worker: int = 1
     watts_per_worker: float = 0.0
     joules_per_token: float = 0.0
@@ -52,6 +51,7 @@ class PoolResult:
     decision: Decision
     schedule_problems: Sequence[ScheduleProblem] = ()
     forecast: Forecast | None = None
+    startup_s: float | None = None
 
 
 @dataclass(slots=True)
@@ -84,14 +84,14 @@ class Autoscaler:
         memory.activity = observe(None if woken else memory.activity, pool.busy, pool.served, now_s)
         floor, problems = schedule_floor(pool.spec.schedule, now_s)
         forecast = _forecast(pool, memory, now_s)
-        if forecast is not None and forecast.usable:
+        if forecast is not None and forecast.usable and pool.spec.forecast.mode == "Raise":
             floor = max(floor, _forecast_floor(pool, forecast), key=lambda bound: bound.replicas)
         decision = decide(pool.spec, pool.readings, pool.workers, memory.scaler, now_s, floor=floor)
         memory.scaler = decision.state
         sees = decision.blind is None and floor.replicas == 0
         if pool.workers.wanted and sees and may_sleep(pool.spec, memory.activity, now_s):
             decision = _asleep(decision, pool, idle_s(memory.activity, now_s))
-        return PoolResult(decision, problems, forecast)
+        return PoolResult(decision, problems, forecast, pool.startup_s)
 
 
 def _demand(pool: PoolStep) -> Reading | None:
@@ -100,12 +100,18 @@ def _demand(pool: PoolStep) -> Reading | None:
 
 
 def _forecast(pool: PoolStep, memory: _Memory, now_s: float) -> Forecast | None:
-    if not pool.forecasting:
+    if pool.spec.forecast.mode == "Off":
         return None
     demand = _demand(pool)
     if demand is not None and demand.value is not None:
         memory.forecaster.observe(now_s, demand.value)
-    return memory.forecaster.forecast(now_s, pool.startup_s)
+    return memory.forecaster.forecast(now_s, _lead_s(pool))
+
+
+def _lead_s(pool: PoolStep) -> float:
+    wanted = pool.spec.forecast.lead_seconds
+    measured = DEFAULT_STARTUP_S if pool.startup_s is None else pool.startup_s
+    return measured if wanted is None else float(wanted)
 
 
 def _forecast_floor(pool: PoolStep, forecast: Forecast) -> Floor:
@@ -114,7 +120,7 @@ def _forecast_floor(pool: PoolStep, forecast: Forecast) -> Floor:
         return Floor()
     # A sliver of a worker is none, or a pool would never be expected to be idle.
     workers = ceil(max(0.0, forecast.demand / demand.target - pool.spec.tolerance_percent / 100))
-    return Floor(min(workers, pool.spec.max_replicas), forecast.message)
+    return Floor(min(workers, pool.spec.max_replicas), f"forecast: {forecast.message}")
 
 
 def _asleep(decision: Decision, pool: PoolStep, idle_for_s: float) -> Decision:

@@ -15,7 +15,7 @@ daylight-saving change shifts the pattern by an hour for about a week.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil, exp, isfinite
 from typing import Final
@@ -24,6 +24,8 @@ import numpy as np
 
 DAY_S: Final = 86_400
 WEEK_S: Final = 7 * DAY_S
+DEFAULT_STARTUP_S: Final = 300.0
+"""How far to look ahead while nobody knows how long a worker takes."""
 MAX_LEAD_S: Final = 6 * 3600.0
 """No forecast reaches further."""
 
@@ -113,7 +115,7 @@ class SeasonalForecaster:
         if self._scored < self._scored_enough:
             message = f"learning: {self._scored} of {self._scored_enough} forecasts compared"
             return Forecast(max(known), 0.0, False, message)
-        message = f"forecast: {max(known):.4g} within {lead_s / 60:.0f} min (confidence {confidence:.0%})"
+        message = f"{max(known):.4g} within {lead_s / 60:.0f} min (confidence {confidence:.0%})"
         return Forecast(max(known), confidence, confidence >= MIN_CONFIDENCE, message)
 
     @property
@@ -212,13 +214,3 @@ class _Season:
     def mean(self) -> float:
         """Over the slots visited."""
         return max(self._sum, 0.0) / self.visited if self.visited else 0.0
-
-
-DEFAULT_STARTUP_S: Final = 300.0
-STARTUP_SAMPLES: Final = 32
-
-
-def startup_s(measured_s: Sequence[float], default_s: float = DEFAULT_STARTUP_S) -> float:
-    """How long a worker takes until it is ready: the 90th percentile of the last workers' times from creation to Ready."""
-    usable = [seconds for seconds in measured_s[-STARTUP_SAMPLES:] if isfinite(seconds) and seconds >= 0]
-    return float(np.percentile(usable, 90)) if usable else default_s

@@ -31,13 +31,16 @@ def scaling_active(result: PoolResult) -> Finding:
     return Finding(SCALING_ACTIVE, "False", "SomeMetrics", f"{decision.blind}; until then no worker is removed")
 
 
-def status(decision: Decision, before: AutoscalingStatus | None, *, scaled: bool, now: str) -> AutoscalingStatus:
-    """`status.autoscaling` after a decision; `scaled`: it changed the number of workers at `now` (RFC 3339)."""
+def status(result: PoolResult, before: AutoscalingStatus | None, *, scaled: bool, now: str) -> AutoscalingStatus:
+    """`status.autoscaling` after a step; `scaled`: it changed the number of workers at `now` (RFC 3339)."""
+    decision = result.decision
     return AutoscalingStatus(
         desired_replicas=decision.desired,
         binding_signal=_binding(decision),
         last_scale_time=now if scaled else before.last_scale_time if before else None,
         held_back_by=_short(decision.held_back_by),
+        forecast=_short(result.forecast.message if result.forecast else None),
+        startup_seconds=None if result.startup_s is None else round(result.startup_s),
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, Final
 
 from kvfleet_api.common import Condition
@@ -24,7 +24,7 @@ from kvfleet_operator.reconcile import conditions
 from kvfleet_operator.reconcile.conditions import Finding
 from kvfleet_operator.reconcile.names import SCALER
 from kvfleet_operator.reconcile.plan import Manifest
-from kvfleet_operator.resources import BY_KIND, POD, POOL, pod_address
+from kvfleet_operator.resources import BY_KIND, POD, POOL, pod_address, unix_s
 from kvfleet_operator.scaling.pools import ScaledPool
 from kvfleet_operator.statuses import StatusWriter, rfc3339
 from kvfleet_operator.world import World
@@ -126,7 +126,7 @@ class Effects:
                     pod_address(pod) is not None,
                     int(in_flight.get(name, 0)),
                     cached.get(name, 0.0) * prefill_s_per_token,
-                    _unix_s(metadata.get("creationTimestamp")),
+                    unix_s(metadata.get("creationTimestamp")) or 0.0,
                     (metadata.get("annotations") or {}).get(DELETION_COST),
                 )
             )
@@ -155,7 +155,7 @@ def _status(pool: ScaledPool, live: Manifest, result: PoolResult, scaled: bool, 
     before = live.get("status") or {}
     stamp = rfc3339(now)
     earlier = AutoscalingStatus.model_validate(before["autoscaling"]) if before.get("autoscaling") else None
-    told = report.status(result.decision, earlier, scaled=scaled, now=stamp)
+    told = report.status(result, earlier, scaled=scaled, now=stamp)
     known = [Condition.model_validate(entry) for entry in before.get("conditions") or []]
     gone = dict.fromkeys(before.get("autoscaling") or {})
     return {
@@ -184,11 +184,3 @@ def _by_worker(pages: Sequence[Samples], metric: str, pool: str, merge: Any) -> 
             if labels.get("pool") == pool:
                 found.setdefault(labels.get("worker", ""), []).append(value)
     return {worker: float(merge(values)) for worker, values in found.items()}
-
-
-def _unix_s(stamp: object) -> float:
-    """A Kubernetes timestamp as Unix time; 0 where there is none."""
-    try:
-        return datetime.fromisoformat(str(stamp)).astimezone(UTC).timestamp()
-    except ValueError:
-        return 0.0

@@ -26,6 +26,7 @@ from kvfleet_operator.autoscale.readers.fetch import FetchError
 from kvfleet_operator.autoscale.readers.routers import RouterReader
 from kvfleet_operator.autoscale.readers.source import PoolQuestion, Reader
 from kvfleet_operator.autoscale.readings import Reading, failed
+from kvfleet_operator.autoscale.startup import StartupTimes
 from kvfleet_operator.metrics import Metrics
 from kvfleet_operator.resources import pod_address
 from kvfleet_operator.scaling.effects import Effects
@@ -86,6 +87,7 @@ class Scaler:
         self._round_at: float | None = None
         self._learned: set[str] = set()
         """Pools whose past was asked for."""
+        self._startups: dict[str, StartupTimes] = {}
         self._left: dict[str, int] = {}
         """Pool → workers wanted as the last round left it."""
 
@@ -135,7 +137,8 @@ class Scaler:
         readings = shared(pools, readings, fleets)
         await self._learn(pools)
         now = self._now()
-        steps = [step_of(*each) for each in zip(pools, readings, activity, strict=True)]
+        startups = self._measured(pools)
+        steps = [step_of(*each) for each in zip(pools, readings, activity, startups, strict=True)]
         results = self._autoscaler.step(steps, now.timestamp(), self._options.budget)
         self._left = {pool.name: pool.workers.wanted for pool in pools}
         ok = True
@@ -166,6 +169,13 @@ class Scaler:
                 f"http://{f'[{ip}]' if ':' in ip else ip}:{pool.config.port}" for ip in addresses if ip is not None
             ]
         return PoolQuestion(pool.signals, pool.router_urls, workers)
+
+    def _measured(self, pools: Sequence[ScaledPool]) -> list[float | None]:
+        """What each pool's workers took to start."""
+        self._startups = {pool.name: self._startups.get(pool.name) or StartupTimes() for pool in pools}
+        for pool in pools:
+            self._startups[pool.name].see(pool.starts, pool.startup_limit_s)
+        return [self._startups[pool.name].usual_s for pool in pools]
 
     async def _learn(self, pools: Sequence[ScaledPool]) -> None:
         """The past of pools that are new here, for their forecasts. Without it they learn from now on."""

@@ -57,6 +57,16 @@ class ScalingMetrics(Collector):
             "wished_replicas", "Workers the signals ask for, before anything holds that back.",
             ((each, wish) for each, wish in wishes if wish is not None),
         )  # fmt: skip
+        forecasts = ((each, each.result.forecast) for each in shown)
+        yield _family(
+            "forecast_demand", "The demand expected until a worker started now would be ready, in the unit of the signal.",
+            ((each, found.demand) for each, found in forecasts if found is not None),
+        )  # fmt: skip
+        startups = ((each, each.result.startup_s) for each in shown)
+        yield _family(
+            "startup_seconds", "From creating a worker until it is ready, of the last workers the slower ones.",
+            ((each, took_s) for each, took_s in startups if took_s is not None),
+        )  # fmt: skip
         yield from _signals(shown)
         held = GaugeMetricFamily(
             PREFIX + "decision", "The last decision's reason.", labels=["pool_namespace", "pool", "reason"]

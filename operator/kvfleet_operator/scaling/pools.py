@@ -16,13 +16,17 @@ from kvfleet_operator.autoscale.decide import Workers
 from kvfleet_operator.autoscale.ranking import RequestShape, rank_pools, watts_per_worker
 from kvfleet_operator.autoscale.readings import Reading
 from kvfleet_operator.autoscale.signals import PoolScope, Signal, activity_signals, scope_of, signals_of
+from kvfleet_operator.autoscale.startup import Start
 from kvfleet_operator.reconcile import names
 from kvfleet_operator.reconcile.dependents import Key
 from kvfleet_operator.reconcile.modelpool import workload_key
 from kvfleet_operator.reconcile.plan import Manifest
+from kvfleet_operator.resources import ready_since, unix_s
 from kvfleet_operator.world import World
 
 MEAN_REQUEST = RequestShape()
+PREPARATION_S = 1800
+"""What a node and the engine's image may take before the engine starts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,8 @@ class ScaledPool:
     scope: PoolScope
     router_urls: tuple[str, ...]
     """Admin ports of the ready router replicas."""
+    starts: Sequence[Start] = ()
+    """Of the workers there are."""
     signals: Sequence[Signal] = field(init=False)
     activity: Sequence[Signal] = field(init=False)
     """What tells whether it is idle."""
@@ -65,6 +71,11 @@ class ScaledPool:
     def selector(self) -> str:
         """Of the pods that serve HTTP."""
         return names.selector_text(names.pool_selector(self.scope.pool))
+
+    @property
+    def startup_limit_s(self) -> float:
+        """No worker takes longer until it is ready: beyond that its engine is restarted."""
+        return PREPARATION_S + self.pool.spec.engine.startup_seconds
 
     @property
     def asks_workers(self) -> bool:
@@ -104,6 +115,17 @@ def _scaled(world: World, pool: ModelPool, autoscaling: AutoscalingSpec) -> Scal
         workload,
         scope_of(fleet, config),
         _routers(world, namespace),
+        [start_of(pod) for pod in world.workers(pool)],
+    )
+
+
+def start_of(pod: Manifest) -> Start:
+    """How a worker's pod started."""
+    metadata = pod["metadata"]
+    return Start(
+        metadata.get("uid") or metadata["name"],
+        unix_s(metadata.get("creationTimestamp")) or 0.0,
+        unix_s(ready_since(pod)),
     )
 
 
@@ -115,8 +137,10 @@ def _routers(world: World, namespace: str) -> tuple[str, ...]:
     )
 
 
-def step_of(pool: ScaledPool, readings: Sequence[Reading], activity: Sequence[Reading]) -> PoolStep:
-    """What the autoscaler is told about a pool."""
+def step_of(
+    pool: ScaledPool, readings: Sequence[Reading], activity: Sequence[Reading], startup_s: float | None = None
+) -> PoolStep:
+    """What the autoscaler is told about a pool. `startup_s`: as measured."""
     cost = pool.config.cost
     ranked = rank_pools({pool.name: cost}, MEAN_REQUEST, pool.itl_slo_s)[0]
     busy, served = activity
@@ -127,8 +151,9 @@ def step_of(pool: ScaledPool, readings: Sequence[Reading], activity: Sequence[Re
         readings,
         busy,
         served,
-        forecasting=True,
+        startup_s=startup_s,
         gpus_per_worker=pool.config.gpus_per_worker,
         watts_per_worker=watts_per_worker(cost, MEAN_REQUEST, ranked.sequences_per_worker),
         joules_per_token=ranked.joules_per_token,
+        priority=pool.autoscaling.priority,
     )

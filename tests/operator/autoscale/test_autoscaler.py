@@ -32,7 +32,7 @@ def step(
     quality: Quality = Quality.FRESH,
     **fields: Any,
 ) -> PoolStep:
-    names = ("forecasting", "startup_s", "gpus_per_worker", "watts_per_worker", "priority")
+    names = ("startup_s", "gpus_per_worker", "watts_per_worker", "priority")
     extra = {name: fields.pop(name) for name in names if name in fields}
     spec = AutoscalingSpec.model_validate({"minReplicas": 1, "maxReplicas": 50, **fields})
     busy = Reading("busy", "Value", quality, demand, 1.0)
@@ -98,7 +98,7 @@ def test_workers_are_started_ahead_of_a_day_that_repeats_itself() -> None:
     past = [(start_s + at_s, rising(at_s)) for at_s in range(0, int(morning_s - start_s), 300)]
     autoscaler.learn("prod/a", past)
     demand_now = rising(morning_s - start_s)
-    given = step(demand_now, 10, forecasting=True, startup_s=3600.0)
+    given = step(demand_now, 10, startup_s=3600.0)
     result = autoscaler.step([given], morning_s)["prod/a"]
     needed_then = rising(morning_s - start_s + 3600) / TARGET
     assert result.decision.wish == 10
@@ -108,12 +108,33 @@ def test_workers_are_started_ahead_of_a_day_that_repeats_itself() -> None:
     assert result.decision.held_back_by.startswith("forecast: ")
 
 
+def test_a_forecast_looks_as_far_ahead_as_it_is_told_and_may_be_kept_from_starting_workers() -> None:
+    start_s = 1_700_000_000.0 // DAY_S * DAY_S
+    morning_s = start_s + 4 * DAY_S + 6 * 3600
+
+    def wanted(**forecast: Any) -> tuple[int, float | None]:
+        autoscaler = Autoscaler()
+        past = [(start_s + at_s, rising(at_s)) for at_s in range(0, int(morning_s - start_s), 300)]
+        autoscaler.learn("prod/a", past)
+        given = step(rising(morning_s - start_s), 10, startup_s=3600.0, forecast=forecast)
+        result = autoscaler.step([given], morning_s)["prod/a"]
+        return result.decision.desired, result.forecast and result.forecast.demand
+
+    as_measured, demand = wanted()
+    near, near_demand = wanted(leadSeconds=600)
+    assert demand is not None
+    assert near_demand is not None
+    assert (10 <= near < as_measured, near_demand < demand) == (True, True)
+    assert wanted(mode="Observe") == (10, demand)
+    assert wanted(mode="Off") == (10, None)
+
+
 def test_an_untried_forecast_starts_nothing() -> None:
     autoscaler = Autoscaler()
     start_s = 1_700_000_000.0 // DAY_S * DAY_S
     morning_s = start_s + DAY_S + 6 * 3600
     autoscaler.learn("prod/a", [(start_s + at_s, rising(at_s)) for at_s in range(0, DAY_S, 300)])
-    given = step(rising(morning_s - start_s), 10, forecasting=True, startup_s=3600.0)
+    given = step(rising(morning_s - start_s), 10, startup_s=3600.0)
     result = autoscaler.step([given], morning_s)["prod/a"]
     assert result.forecast is not None
     assert (result.forecast.demand > 110, result.forecast.usable, result.decision.desired) == (True, False, 10)
@@ -128,7 +149,6 @@ def test_a_forecast_of_next_to_nothing_lets_a_pool_sleep() -> None:
     fields: dict[str, Any] = {
         "minReplicas": 0,
         "scaleToZero": {"idleSeconds": 60},
-        "forecasting": True,
         "startup_s": 60.0,
     }
     wanted = []
@@ -171,24 +191,27 @@ def test_the_condition_says_which_signals_are_missing() -> None:
 
 
 def test_the_status_names_the_binding_signal_and_keeps_the_last_scale_time() -> None:
-    grows = Autoscaler().step([step(900.0, 3)], 0.0)["prod/a"].decision
+    grows = Autoscaler().step([step(900.0, 3, startup_s=41.6)], 0.0)["prod/a"]
     first = status(grows, None, scaled=True, now="2024-06-03T08:00:00Z")
     assert first == AutoscalingStatus(
         desired_replicas=7,
         binding_signal="concurrency: 900 against 10",
         last_scale_time="2024-06-03T08:00:00Z",
         held_back_by="rate policies of scaleUp let it go to 7 for now",
+        forecast="learning: 0% of a day seen",
+        startup_seconds=42,
     )
-    stays = Autoscaler().step([step(70.0, 7)], 0.0)["prod/a"].decision
+    stays = Autoscaler().step([step(70.0, 7, forecast={"mode": "Off"})], 0.0)["prod/a"]
     second = status(stays, first, scaled=False, now="2024-06-03T08:00:15Z")
     assert (second.last_scale_time, second.held_back_by) == ("2024-06-03T08:00:00Z", None)
+    assert (second.forecast, second.startup_seconds) == (None, None)
 
 
 def test_a_status_is_never_longer_than_the_api_allows() -> None:
     long = Reading("concurrency", "AverageValue", Quality.FAILED, message="x" * 5000)
     given = step(5.0)
     result = Autoscaler().step([PoolStep("k", given.spec, Workers(3, 3), [long], given.busy, given.served)], 0.0)["k"]
-    assert len(status(result.decision, None, scaled=True, now="2024-06-03T08:00:00Z").held_back_by or "") == 1024
+    assert len(status(result, None, scaled=True, now="2024-06-03T08:00:00Z").held_back_by or "") == 1024
 
 
 def test_a_pool_somebody_woke_without_a_request_stays_for_its_idle_seconds() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfleet_operator.autoscale.forecast import DEFAULT_STARTUP_S, SeasonalForecaster, startup_s
+from kvfleet_operator.autoscale.forecast import SeasonalForecaster
 
 DAY_S = 86_400
 SLOT_S = 900
@@ -146,10 +146,3 @@ def test_a_forecast_is_finite_and_never_negative(steps: list[tuple[int, float]],
     forecast = forecaster.forecast(now_s, float(lead_s))
     assert 0 <= forecast.demand < 1e8
     assert 0 <= forecast.confidence <= 1
-
-
-def test_start_up_time_is_that_of_the_slower_workers() -> None:
-    assert startup_s([]) == DEFAULT_STARTUP_S
-    assert startup_s([60.0] * 9 + [240.0]) == pytest.approx(78.0)
-    assert startup_s([nan, -5.0, 90.0]) == 90.0
-    assert startup_s([1e9] * 10 + [50.0] * 32) == 50.0
