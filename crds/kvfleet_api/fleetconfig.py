@@ -87,7 +87,7 @@ class PolicyConfig(Schema):
     ttft_slo_s: float = 1.0
     itl_slo_s: float = 0.05
     energy_mode: Literal["Off", "Prefer", "Strict"] = "Off"
-    energy_s_per_joule: float = 0.0002
+    energy_s_per_joule: float = 0.0005
     max_watts: float | None = None
     prefix: PrefixSpec = Field(default_factory=PrefixSpec)
     disaggregation: DisaggregationSpec = Field(default_factory=DisaggregationSpec)

@@ -9,7 +9,8 @@ taken together, and nothing is done per token. So a decision sees exactly what h
 
 A prompt computed apart (Prefill and Decode pools) travels to its Decode worker in as long as its KV entries take.
 
-At equal times engines report first, then requests arrive, then routers tick, then they tell each other.
+At equal times engines report first, then requests arrive, then routers tick, then they tell each other, then workers come
+and go (elastic.py).
 """
 
 from __future__ import annotations
@@ -28,17 +29,19 @@ import numpy as np
 import numpy.typing as npt
 
 from kvfleet_api.fleetconfig import FleetConfig, PoolConfig
-from kvfleet_router.core.dispatcher import HELD_TICK_S, Dispatcher, Held, Refusal, Ticket
+from kvfleet_router.core.dispatcher import HELD_TICK_S, Dispatcher, Held, Refusal, Ticket, WorkerEndpoint
 from kvfleet_router.core.parse import ParsedRequest
 from kvfleet_router.core.worker import Load
 from kvfleet_router.policies import REGISTRY
+from kvfleet_sim.elastic import Elastic, PoolView
 from kvfleet_sim.engine import Engine
+from kvfleet_sim.machines import Machine, Power, roster, scale
 from kvfleet_sim.request import Request, StepResult
 from kvfleet_sim.traces import BYTES_PER_TOKEN
 from kvfleet_sim.variants import as_believed, uses_events
 from kvfleet_sim.workload import LoadRequest
 
-ENGINE, ARRIVAL, TICK, SHARE, TRANSFERRED = range(5)
+ENGINE, ARRIVAL, TICK, SHARE, TRANSFERRED, BEGAN, SCALE = range(7)
 PROGRESS_EVERY: Final = 64
 """Requests between two reports of progress."""
 TRANSFER_S_PER_TOKEN: Final = 5e-6
@@ -79,22 +82,14 @@ class Run:
     """Of all workers, from the start to the last answer, idling included."""
     failures: Counter[str]
     requests_by_worker: Counter[str]
+    worker_seconds: float = 0.0
+    """Of all workers together, while they were on, starting or leaving."""
+    starts: int = 0
+    """Workers started while the fleet ran."""
 
     @property
     def completed(self) -> npt.NDArray[np.bool_]:
         return ~np.isnan(self.finish_s)
-
-
-class _Worker:
-    """An engine and where it stands in the heap."""
-
-    __slots__ = ("due_s", "engine", "longest_tokens", "name")
-
-    def __init__(self, name: str, engine: Engine, pool: PoolConfig) -> None:
-        self.name = name
-        self.engine = engine
-        self.longest_tokens = min(engine.capacity_tokens, pool.max_context_tokens or engine.capacity_tokens)
-        self.due_s = math.inf
 
 
 @dataclass(slots=True, eq=False)
@@ -119,13 +114,15 @@ def simulate(
     block_tokens: int,
     seed: int = 0,
     options: Options = Options(),
+    elastic: Elastic | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Run:
     """Send `load` to the fleet (its pools' `endpoints`) and run it to the last answer.
 
-    `block_tokens`: what a block key of the load stands for; engines and prefix index count in these blocks.
+    `block_tokens`: what a block key of the load stands for; engines and prefix index count in these blocks. `elastic`: how
+    workers come and go; none: all are on all the time.
     """
-    return _Simulation(config, load, model, block_tokens, seed, options, on_progress).run()
+    return _Simulation(config, load, model, block_tokens, seed, options, elastic, on_progress).run()
 
 
 class _Simulation:
@@ -137,6 +134,7 @@ class _Simulation:
         block_tokens: int,
         seed: int,
         options: Options,
+        elastic: Elastic | None,
         on_progress: Callable[[int], None] | None,
     ) -> None:
         self._load = load
@@ -144,8 +142,14 @@ class _Simulation:
         self._on_progress = on_progress
         self._now_s = 0.0
         self._kv_events = uses_events(config) if options.kv_events is None else options.kv_events
+        self._elastic = elastic
         self._workers = [
-            _Worker(endpoint.name, self._engine(pool, block_tokens), pool)
+            Machine(
+                WorkerEndpoint(endpoint.name, endpoint.url),
+                pool,
+                partial(self._engine, pool, block_tokens),
+                elastic.off_watts if elastic is not None else 0.0,
+            )
             for pool in config.pools
             for endpoint in pool.endpoints
         ]
@@ -162,26 +166,32 @@ class _Simulation:
             )
             for replica in range(options.replicas)
         ]
-        self._known = [{worker.name: worker for worker in router.workers()} for router in self._routers]
+        self._know_workers()
         self._ticking = [False] * options.replicas
         draw = random.Random(f"{seed}/clients")
         self._router_of = [draw.randrange(options.replicas) for _ in load]
-        self._outgoing: list[tuple[_Worker, _Flight]] = []
-        self._travelling: dict[int, tuple[_Worker, _Flight]] = {}
+        self._outgoing: list[tuple[Machine, _Flight]] = []
+        self._travelling: dict[int, tuple[Machine, _Flight]] = {}
         self._events = [
             (request.start_s, ARRIVAL, number) for number, request in enumerate(load) if request.start_s is not None
         ]
         self._share_s = options.share_s
         if options.share_s is not None and options.replicas > 1:
             self._events.append((0.0, SHARE, 0))
+        if elastic is not None:
+            self._events.append((elastic.controller.period_s, SCALE, 0))
         heapify(self._events)
         self._results = np.full((6, len(load)), np.nan)
         self._failures: Counter[str] = Counter()
         self._served: Counter[str] = Counter()
+        self._prompt_tokens = self._cached_tokens = 0.0  # of the requests sent, as the routers expected
         self._ended = 0
 
-    def _engine(self, pool: PoolConfig, block_tokens: int) -> Engine:
-        return Engine(pool.cost, block_tokens=block_tokens, record_events=self._kv_events)
+    def _engine(self, pool: PoolConfig, block_tokens: int, start_s: float) -> Engine:
+        return Engine(pool.cost, block_tokens=block_tokens, record_events=self._kv_events, start_s=start_s)
+
+    def _know_workers(self) -> None:
+        self._known = [{worker.name: worker for worker in router.workers()} for router in self._routers]
 
     def run(self) -> Run:
         events = self._events
@@ -205,7 +215,12 @@ class _Simulation:
                 self._outgoing.append(self._travelling.pop(number))
             elif self._ended < len(self._load):
                 self._now_s = time_s
-                self._share()
+                if kind == SHARE:
+                    self._share()
+                elif kind == SCALE:
+                    self._scale()
+                else:
+                    self._began(self._workers[number])
             while self._outgoing:
                 self._deliver(*self._outgoing.pop())
         if self._ended != len(self._load):
@@ -219,7 +234,9 @@ class _Simulation:
             cached_tokens=cached,
             output_tokens=output,
             finish_s=finish_s,
-            joules=sum(worker.engine.joules_at(self._now_s) for worker in self._workers),
+            joules=sum(worker.joules_at(self._now_s) for worker in self._workers),
+            worker_seconds=sum(worker.seconds_at(self._now_s) for worker in self._workers),
+            starts=sum(worker.starts for worker in self._workers),
             failures=self._failures,
             requests_by_worker=self._served,
         )
@@ -251,6 +268,8 @@ class _Simulation:
             return
         worker = self._by_name[answer.worker.name]
         flight.ticket = answer
+        self._prompt_tokens += answer.prompt_tokens
+        self._cached_tokens += answer.cached_tokens
         if flight.load.prompt_tokens + flight.load.output_tokens > worker.longest_tokens:
             self._routers[flight.router].abandon(answer, TOO_LONG)
             self._failed(flight, TOO_LONG)
@@ -281,7 +300,7 @@ class _Simulation:
         assert self._share_s is not None
         heappush(self._events, (self._now_s + self._share_s, SHARE, 0))
 
-    def _deliver(self, worker: _Worker, flight: _Flight) -> None:
+    def _deliver(self, worker: Machine, flight: _Flight) -> None:
         """The request reaches its engine, which is first brought to this moment."""
         self._advance(worker)
         load, ticket = flight.load, flight.ticket
@@ -300,14 +319,14 @@ class _Simulation:
 
     # -- engines --------------------------------------------------------------------------------------------------------
 
-    def _schedule(self, worker: _Worker) -> None:
+    def _schedule(self, worker: Machine) -> None:
         due_s = worker.engine.next_event_s()
         if due_s != worker.due_s:
             worker.due_s = due_s
             if due_s < math.inf:
                 heappush(self._events, (due_s, ENGINE, self._numbers[worker.name]))
 
-    def _advance(self, worker: _Worker) -> None:
+    def _advance(self, worker: Machine) -> None:
         """Run the engine up to now, and tell the routers what became visible."""
         for result in worker.engine.advance(self._now_s):
             if result.kv_batches:
@@ -317,6 +336,9 @@ class _Simulation:
             for request in result.finished:
                 self._finished(request, result.end_s)
         worker.due_s = math.nan  # whatever was scheduled is done
+        if worker.power is Power.LEAVING and not worker.engine.has_work:
+            worker.stop(self._now_s)
+            self._tell_roster(worker.pool)
 
     def _first_token(self, request: Request, now_s: float) -> None:
         flight = request.payload
@@ -366,13 +388,61 @@ class _Simulation:
         else:
             self._want_tick(flight.router)
 
-    def _report_cache(self, worker: _Worker, result: StepResult) -> None:
+    def _report_cache(self, worker: Machine, result: StepResult) -> None:
         for router, known in zip(self._routers, self._known, strict=True):
             told = known[worker.name]
             for batch in result.kv_batches:
                 router.cache_removed(told, batch.removed)
                 for stored in batch.stored:
                     router.cache_stored(told, stored.keys)
+
+    # -- workers that come and go --------------------------------------------------------------------------------------------
+
+    def _scale(self) -> None:
+        """Ask the controller, and do as it says."""
+        elastic = self._elastic
+        assert elastic is not None
+        pools: dict[str, list[Machine]] = {}
+        for machine in self._workers:
+            pools.setdefault(machine.pool, []).append(machine)
+        views = [self._view(name, machines) for name, machines in pools.items()]
+        for name, wanted in elastic.controller.wanted(views, self._now_s).items():
+            for machine in scale(pools[name], wanted, self._now_s, elastic.startup_s):
+                heappush(self._events, (machine.begins_s, BEGAN, self._numbers[machine.name]))
+            self._tell_roster(name)
+        heappush(self._events, (self._now_s + elastic.controller.period_s, SCALE, 0))
+
+    def _view(self, name: str, machines: Sequence[Machine]) -> PoolView:
+        ready = [machine for machine in machines if machine.power is Power.ON]
+        known = [pool for router in self._routers for pool in router.pools() if pool.name == name]
+        for pool in known:
+            pool.refresh_load()
+        cached = self._cached_tokens / self._prompt_tokens if self._prompt_tokens else 0.0
+        return PoolView(
+            name,
+            ready=len(ready),
+            starting=sum(machine.power is Power.STARTING for machine in machines),
+            total=len(machines),
+            in_flight=sum(worker.own.in_flight for pool in known for worker in pool.workers.values()),
+            held=sum(sum(router.queue_depths().values()) for router in self._routers),
+            served=sum(self._served[machine.name] for machine in machines),
+            pack_target=min(pool.pack_target() for pool in known),
+            predicted_ttft_s=max(router.predicted_ttft_s(name, cached) for router in self._routers),
+            load=max(pool.load for pool in known),
+            idle_s=tuple(machine.idle_s_at(self._now_s) for machine in ready),
+        )
+
+    def _began(self, machine: Machine) -> None:
+        if machine.power is Power.STARTING and machine.begins_s == self._now_s:
+            machine.began(self._now_s)
+            self._tell_roster(machine.pool)
+
+    def _tell_roster(self, pool: str) -> None:
+        """Routers see who is there now."""
+        endpoints = roster([machine for machine in self._workers if machine.pool == pool])
+        for router in self._routers:
+            router.set_endpoints(pool, endpoints)
+        self._know_workers()
 
     # -- ends -----------------------------------------------------------------------------------------------------------
 

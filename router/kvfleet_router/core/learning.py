@@ -27,7 +27,10 @@ def learn(
         if parsed.stream:
             worker.calibrate_decode(ticket, tokens, now)
     if prompt_tokens is not None and prompt_tokens > 0:
-        pool.stats.mean_prompt_tokens += (1.0 - FADE) * (prompt_tokens - pool.stats.mean_prompt_tokens)
+        stats = pool.stats
+        stats.mean_prompt_tokens += (1.0 - FADE) * (prompt_tokens - stats.mean_prompt_tokens)
+        uncached = prompt_tokens - min(ticket.cached_tokens if cached_tokens is None else cached_tokens, prompt_tokens)
+        stats.mean_uncached_tokens += (1.0 - FADE) * (uncached - stats.mean_uncached_tokens)
         if parsed.prompt_tokens is None and parsed.prompt_bytes:
             pool.stats.ratio.observe(parsed.prompt_bytes, prompt_tokens)
             pool.fit_blocks_if_moved()

@@ -178,7 +178,7 @@ class Placement:
                 return resort
             candidates = resort
         if config.energy_mode != "Off":
-            arrival.load = max(pool.load for pool in lane.pools)
+            arrival.load = lane.load()
             if config.energy_mode == "Strict":
                 within = self._affordable(candidates, lane)
                 if within is None:

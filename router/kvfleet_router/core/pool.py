@@ -23,14 +23,14 @@ RATIO_STEP = 0.05
 
 
 class ModelStats:
-    """What requests for one model have taught: prompt bytes per token, output lengths, mean prompt."""
+    """What requests for one model have taught: prompt bytes per token, output lengths, mean prompt and its uncached part."""
 
-    __slots__ = ("mean_prompt_tokens", "outputs", "ratio")
+    __slots__ = ("mean_prompt_tokens", "mean_uncached_tokens", "outputs", "ratio")
 
     def __init__(self) -> None:
         self.ratio = TokenRatio()
         self.outputs = OutputLengths()
-        self.mean_prompt_tokens = 1024.0
+        self.mean_prompt_tokens = self.mean_uncached_tokens = 1024.0
 
 
 class Pool:
@@ -44,6 +44,8 @@ class Pool:
         self._index = index
         self.load = 0.0
         """Mean of its workers: 0 idle, 1 at the edge of the ITL SLO."""
+        self.capacity_rps = 0.0
+        """Mean requests per second its workers could serve there."""
         self._start_learning(config.cost)
         self.adopt(config, stats, block_bytes, itl_slo_s)
 
@@ -106,6 +108,17 @@ class Pool:
     def refresh_load(self) -> None:
         loads = [_load(worker, self.itl_slo_s) for worker in self.workers.values() if worker.assignable]
         self.load = sum(loads) / len(loads) if loads else 0.0
+        self.capacity_rps = len(loads) / self._service_s()
+
+    def _service_s(self) -> float:
+        """Seconds of a worker that a mean request takes when as many decode as the ITL SLO and the KV tokens allow."""
+        stats, cost = self.stats, self.cost
+        context = stats.mean_prompt_tokens + stats.outputs.mean / 2
+        slope_s = self.step_s_per_sequence + cost.step_s_per_context_token * context
+        room = min(float(cost.max_sequences), cost.kv_tokens / max(context, 1.0))
+        sequences = max(min(room, (self.itl_slo_s - self.step_s) / slope_s if slope_s > 0 else room), 1.0)
+        prefill_s = self.prefill_factor * cost.prefill_s(stats.mean_uncached_tokens, stats.mean_prompt_tokens)
+        return max(prefill_s + stats.outputs.mean * (self.step_s / sequences + slope_s), 1e-6)
 
     def unloaded_ttft_s(self, prompt_tokens: float) -> float:
         """TTFT of an uncached prompt on an idle worker."""
@@ -139,11 +152,17 @@ class Pool:
 
 
 def _load(worker: Worker, itl_slo_s: float) -> float:
-    """The tightest of: ITL over its SLO, share of time in prefill, KV tokens in use."""
-    span = max(itl_slo_s - worker.step_s, 0.001)
-    itl = worker.step_now_s / max(1.0 - worker.prefill_share, 0.02)
-    load = max((itl - worker.step_s) / span, worker.prefill_share, worker.kv_used_tokens / worker.kv_tokens)
-    return min(max(load, 0.0), 1.0)
+    """The share of its time in prefill, and of what is left the share of the tokens it could decode at the edge of the ITL
+    SLO; or the share of its KV tokens in use, if that is more.
+
+    A worker's tokens per second with n sequences are to those with many as (step − W) to step. So the mean over workers is the
+    same however the load is spread over them: packing does not make a fleet look busier.
+    """
+    step_s, fixed_s = worker.step_now_s, worker.step_s
+    edge = max(1.0 - fixed_s / itl_slo_s, 0.05)
+    prefill = min(worker.prefill_share, 1.0)
+    load = prefill + (1.0 - prefill) * (1.0 - fixed_s / step_s) / edge
+    return min(max(load, worker.kv_used_tokens / worker.kv_tokens, 0.0), 1.0)
 
 
 class Fleet:

@@ -85,6 +85,11 @@ class Lane:
             return False
         return all(parsed.headers.get(name) == value for name, value in self._headers)
 
+    def load(self) -> float:
+        """How busy its pools are, by what they could serve: 0 idle, 1 at the edge of the SLO."""
+        total = sum(pool.capacity_rps for pool in self.pools)
+        return sum(pool.load * pool.capacity_rps for pool in self.pools) / total if total > 0 else 0.0
+
     def candidates(self, arrival: Arrival, rng: random.Random, *, prefill: bool = False) -> Candidates | None:
         """The usable workers of the lowest tier that has any. Strategies blind to cost get one pool, drawn by weight.
 

@@ -83,12 +83,15 @@ GOODPUT = Weights(
     stall_s=2.0,
 )
 """GP: most requests inside their SLO; the default."""
-GUARD = replace(GOODPUT, itl_slo_s=1.0, ttft_slo_s=1.0, itl_margin=0.6, ttft_margin=0.6)
-"""GP while energy has its full price: the SLO weighs more, and from 60 % on."""
+GUARD = replace(
+    GOODPUT, own_prefill=0.5, decode_harm=0.01, itl_slo_s=1.0, ttft_slo_s=1.0, itl_margin=0.6, ttft_margin=0.6
+)
+"""GP while energy has its full price: the SLO weighs more, and from 60 % on; seconds that keep within it weigh less."""
 
-ENERGY_FULL_BELOW_LOAD = 0.3
-ENERGY_OFF_ABOVE_LOAD = 0.5
-"""Mean load of the pools' workers (0 idle, 1 at the ITL SLO) between which the price of energy fades out."""
+ENERGY_FULL_BELOW_LOAD = 0.45
+ENERGY_OFF_ABOVE_LOAD = 0.6
+"""Load of the pools (0 idle, 1 at the edge of the SLO) between which the price of energy fades out. It swings by some 0.1
+around the share of the capacity that is asked for: at 0.8 of it the policy is the latency policy all the time."""
 FADING_STEPS = 20
 
 EVICTION_AGE_S = 60.0
