@@ -33,10 +33,11 @@ from kvfleet_router.core.dispatcher import HELD_TICK_S, Dispatcher, Held, Refusa
 from kvfleet_router.core.parse import ParsedRequest
 from kvfleet_router.core.worker import Load
 from kvfleet_router.policies import REGISTRY
-from kvfleet_sim.elastic import Elastic, PoolView
+from kvfleet_sim.elastic import Elastic
 from kvfleet_sim.engine import Engine
-from kvfleet_sim.machines import Machine, Power, roster, scale
+from kvfleet_sim.machines import Machine, Power
 from kvfleet_sim.request import Request, StepResult
+from kvfleet_sim.shifts import Shifts
 from kvfleet_sim.traces import BYTES_PER_TOKEN
 from kvfleet_sim.variants import as_believed, uses_events
 from kvfleet_sim.workload import LoadRequest
@@ -166,7 +167,7 @@ class _Simulation:
             )
             for replica in range(options.replicas)
         ]
-        self._know_workers()
+        self._shifts = Shifts(self._workers, self._routers)
         self._ticking = [False] * options.replicas
         draw = random.Random(f"{seed}/clients")
         self._router_of = [draw.randrange(options.replicas) for _ in load]
@@ -184,14 +185,10 @@ class _Simulation:
         self._results = np.full((6, len(load)), np.nan)
         self._failures: Counter[str] = Counter()
         self._served: Counter[str] = Counter()
-        self._prompt_tokens = self._cached_tokens = 0.0  # of the requests sent, as the routers expected
         self._ended = 0
 
     def _engine(self, pool: PoolConfig, block_tokens: int, start_s: float) -> Engine:
         return Engine(pool.cost, block_tokens=block_tokens, record_events=self._kv_events, start_s=start_s)
-
-    def _know_workers(self) -> None:
-        self._known = [{worker.name: worker for worker in router.workers()} for router in self._routers]
 
     def run(self) -> Run:
         events = self._events
@@ -220,7 +217,7 @@ class _Simulation:
                 elif kind == SCALE:
                     self._scale()
                 else:
-                    self._began(self._workers[number])
+                    self._shifts.began(self._workers[number], time_s)
             while self._outgoing:
                 self._deliver(*self._outgoing.pop())
         if self._ended != len(self._load):
@@ -268,8 +265,7 @@ class _Simulation:
             return
         worker = self._by_name[answer.worker.name]
         flight.ticket = answer
-        self._prompt_tokens += answer.prompt_tokens
-        self._cached_tokens += answer.cached_tokens
+        self._shifts.sent(answer)
         if flight.load.prompt_tokens + flight.load.output_tokens > worker.longest_tokens:
             self._routers[flight.router].abandon(answer, TOO_LONG)
             self._failed(flight, TOO_LONG)
@@ -337,8 +333,7 @@ class _Simulation:
                 self._finished(request, result.end_s)
         worker.due_s = math.nan  # whatever was scheduled is done
         if worker.power is Power.LEAVING and not worker.engine.has_work:
-            worker.stop(self._now_s)
-            self._tell_roster(worker.pool)
+            self._shifts.ended(worker, self._now_s)
 
     def _first_token(self, request: Request, now_s: float) -> None:
         flight = request.payload
@@ -389,7 +384,7 @@ class _Simulation:
             self._want_tick(flight.router)
 
     def _report_cache(self, worker: Machine, result: StepResult) -> None:
-        for router, known in zip(self._routers, self._known, strict=True):
+        for router, known in zip(self._routers, self._shifts.known, strict=True):
             told = known[worker.name]
             for batch in result.kv_batches:
                 router.cache_removed(told, batch.removed)
@@ -402,47 +397,9 @@ class _Simulation:
         """Ask the controller, and do as it says."""
         elastic = self._elastic
         assert elastic is not None
-        pools: dict[str, list[Machine]] = {}
-        for machine in self._workers:
-            pools.setdefault(machine.pool, []).append(machine)
-        views = [self._view(name, machines) for name, machines in pools.items()]
-        for name, wanted in elastic.controller.wanted(views, self._now_s).items():
-            for machine in scale(pools[name], wanted, self._now_s, elastic.startup_s):
-                heappush(self._events, (machine.begins_s, BEGAN, self._numbers[machine.name]))
-            self._tell_roster(name)
+        for machine in self._shifts.step(elastic, self._served, self._now_s):
+            heappush(self._events, (machine.begins_s, BEGAN, self._numbers[machine.name]))
         heappush(self._events, (self._now_s + elastic.controller.period_s, SCALE, 0))
-
-    def _view(self, name: str, machines: Sequence[Machine]) -> PoolView:
-        ready = [machine for machine in machines if machine.power is Power.ON]
-        known = [pool for router in self._routers for pool in router.pools() if pool.name == name]
-        for pool in known:
-            pool.refresh_load()
-        cached = self._cached_tokens / self._prompt_tokens if self._prompt_tokens else 0.0
-        return PoolView(
-            name,
-            ready=len(ready),
-            starting=sum(machine.power is Power.STARTING for machine in machines),
-            total=len(machines),
-            in_flight=sum(worker.own.in_flight for pool in known for worker in pool.workers.values()),
-            held=sum(sum(router.queue_depths().values()) for router in self._routers),
-            served=sum(self._served[machine.name] for machine in machines),
-            pack_target=min(pool.pack_target() for pool in known),
-            predicted_ttft_s=max(router.predicted_ttft_s(name, cached) for router in self._routers),
-            load=max(pool.load for pool in known),
-            idle_s=tuple(machine.idle_s_at(self._now_s) for machine in ready),
-        )
-
-    def _began(self, machine: Machine) -> None:
-        if machine.power is Power.STARTING and machine.begins_s == self._now_s:
-            machine.began(self._now_s)
-            self._tell_roster(machine.pool)
-
-    def _tell_roster(self, pool: str) -> None:
-        """Routers see who is there now."""
-        endpoints = roster([machine for machine in self._workers if machine.pool == pool])
-        for router in self._routers:
-            router.set_endpoints(pool, endpoints)
-        self._know_workers()
 
     # -- ends -----------------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ drew is kept, so joules and seconds are those of the worker's whole time.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from enum import Enum
 
 from kvfleet_api.fleetconfig import PoolConfig
@@ -112,39 +112,3 @@ class Machine:
     def idle_s_at(self, now_s: float) -> float:
         """How long it has had nothing to do."""
         return 0.0 if self.engine.has_work else max(now_s - self.engine.clock_s, 0.0)
-
-
-def roster(machines: Sequence[Machine]) -> list[WorkerEndpoint]:
-    """The endpoints a router would see of these workers."""
-    return [
-        WorkerEndpoint(machine.name, machine.endpoint.url, terminating=machine.power is Power.LEAVING)
-        for machine in machines
-        if machine.power in (Power.ON, Power.LEAVING)
-    ]
-
-
-def scale(machines: Sequence[Machine], wanted: int, now_s: float, startup_s: float) -> list[Machine]:
-    """Bring one pool's workers to `wanted`; returns those that start now. Workers that leave and have no work are off.
-
-    More: those that leave stay, then those that are off start. Fewer: those that start go, then those with the fewest
-    requests, of those the one idle for longest.
-    """
-    by_power = {power: [machine for machine in machines if machine.power is power] for power in Power}
-    missing = wanted - len(by_power[Power.ON]) - len(by_power[Power.STARTING])
-    if missing >= 0:
-        back = by_power[Power.LEAVING][:missing]
-        for machine in back:
-            machine.stay()
-        starting = by_power[Power.OFF][: missing - len(back)]
-        for machine in starting:
-            machine.start(now_s, startup_s)
-        return starting
-    order = sorted(
-        by_power[Power.ON],
-        key=lambda machine: (machine.engine.num_running + machine.engine.num_waiting, -machine.idle_s_at(now_s)),
-    )
-    for machine in [*reversed(by_power[Power.STARTING]), *order][:-missing]:
-        machine.leave(now_s)
-        if machine.power is Power.LEAVING and not machine.engine.has_work:
-            machine.stop(now_s)
-    return []
