@@ -12,12 +12,10 @@ fails sends the request back to the beginning; the Prefill worker's prefix cache
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kvfleet_router.core.choose import Choice
-    from kvfleet_router.core.parse import ParsedRequest
     from kvfleet_router.core.ticket import Arrival
 
 DIVISIBLE_KINDS = ("chat", "completions")
@@ -33,8 +31,3 @@ def divisible(arrival: Arrival, choice: Choice) -> bool:
         return False
     uncached = arrival.prompt_tokens - choice.cached_tokens
     return uncached >= arrival.lane.config.disaggregation.min_uncached_tokens
-
-
-def for_prefill(parsed: ParsedRequest) -> ParsedRequest:
-    """The request as a Prefill worker gets it: one token, whose arrival is the end of the prefill."""
-    return replace(parsed, stream=True, max_output_tokens=1)

@@ -350,13 +350,13 @@ class Dispatcher:
             request_id,
             lane,
             now,
-            now + max(config.ttft_slo_s, UNLOADED_FACTOR * lane.pools[0].unloaded_ttft_s(tokens)),
-            tokens,
-            decision.expected_output_tokens,
-            self._block_bytes * tokens / parsed.prompt_bytes if parsed.prompt_bytes else 0.0,
-            outputs,
-            blocks,
-            decision,
+            deadline=now + max(config.ttft_slo_s, UNLOADED_FACTOR * lane.pools[0].unloaded_ttft_s(tokens)),
+            prompt_tokens=tokens,
+            expected_output_tokens=decision.expected_output_tokens,
+            block_tokens=self._block_bytes * tokens / parsed.prompt_bytes if parsed.prompt_bytes else 0.0,
+            outputs=outputs,
+            blocks=blocks,
+            decision=decision,
         )
 
     def _release(self, ticket: Ticket, now: float) -> None:

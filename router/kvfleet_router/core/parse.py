@@ -15,15 +15,26 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Literal
 
 import msgspec
 from xxhash import xxh3_128_digest
 
+from kvfleet_router.core.bodies import (
+    ANTHROPIC,
+    CHAT,
+    COMPLETION,
+    NO_RAW,
+    OTHER,
+    PART,
+    RAW_LIST,
+    Body,
+    Chat,
+    Scalar,
+)
+
 Kind = Literal["chat", "completions", "other"]
-_Scalar = int | float | str | bool | None
-_NO_RAW = msgspec.Raw()
+_NO_HEADERS: Mapping[bytes, bytes] = {}
 _LIST, _OBJECT = b"[{"
 
 MEDIA_BYTES = 4096
@@ -59,90 +70,94 @@ class RequestError(Exception):
         self.code = code
 
 
-@dataclass(slots=True)
 class ParsedRequest:
     """What routing needs of a request. The simulator builds it directly, with `block_hashes` and `prompt_tokens` given."""
 
-    kind: Kind
-    model: str
-    """Empty: the client named none."""
-    stream: bool = False
-    prompt: bytes = field(default=b"", repr=False)
-    """The prompt's bytes in the engine's order (tools, then messages); emptied by the dispatcher once hashed."""
-    prompt_bytes: int = 0
-    """Length of the prompt. With given `block_hashes`: 4 bytes for each token."""
-    prompt_tokens: int | None = None
-    """Exact, where the request carries token ids (or a simulator knows)."""
-    block_hashes: list[int] | None = field(default=None, repr=False)
-    """Chained hashes of the whole blocks (`prefix.blockBytes` each) of the prompt, if known already."""
-    max_output_tokens: int | None = None
-    sequences: int = 1
-    """Sequences the engine decodes for this request (`n` x prompts)."""
-    priority: int = 0
-    """Lower is more urgent, as in vLLM."""
-    session_id: str | None = None
-    tenant: str = ""
-    cache_salt: str | None = None
-    include_usage: bool = False
-    transfers: bool = False
-    """The client itself says where KV entries come from or go to."""
-    headers: Mapping[bytes, bytes] = field(default_factory=dict, repr=False)
-    """Lower-case names."""
+    __slots__ = (
+        "block_hashes",
+        "cache_salt",
+        "headers",
+        "include_usage",
+        "kind",
+        "max_output_tokens",
+        "model",
+        "priority",
+        "prompt",
+        "prompt_bytes",
+        "prompt_tokens",
+        "sequences",
+        "session_id",
+        "stream",
+        "tenant",
+        "transfers",
+    )
 
+    def __init__(
+        self,
+        kind: Kind,
+        model: str,
+        *,
+        stream: bool = False,
+        prompt: bytes = b"",
+        prompt_bytes: int = 0,
+        prompt_tokens: int | None = None,
+        block_hashes: list[int] | None = None,
+        max_output_tokens: int | None = None,
+        sequences: int = 1,
+        priority: int = 0,
+        session_id: str | None = None,
+        tenant: str = "",
+        cache_salt: str | None = None,
+        include_usage: bool = False,
+        transfers: bool = False,
+        headers: Mapping[bytes, bytes] = _NO_HEADERS,
+    ) -> None:
+        self.kind = kind
+        self.model = model
+        """Empty: the client named none."""
+        self.stream = stream
+        self.prompt = prompt
+        """The prompt's bytes in the engine's order (tools, then messages); emptied by the dispatcher once hashed."""
+        self.prompt_bytes = prompt_bytes
+        """Length of the prompt. With given `block_hashes`: 4 bytes for each token."""
+        self.prompt_tokens = prompt_tokens
+        """Exact, where the request carries token ids (or a simulator knows)."""
+        self.block_hashes = block_hashes
+        """Chained hashes of the whole blocks (`prefix.blockBytes` each) of the prompt, if known already."""
+        self.max_output_tokens = max_output_tokens
+        self.sequences = sequences
+        """Sequences the engine decodes for this request (`n` x prompts)."""
+        self.priority = priority
+        """Lower is more urgent, as in vLLM."""
+        self.session_id = session_id
+        self.tenant = tenant
+        self.cache_salt = cache_salt
+        self.include_usage = include_usage
+        self.transfers = transfers
+        """The client itself says where KV entries come from or go to."""
+        self.headers = headers
+        """Lower-case names."""
 
-class _StreamOptions(msgspec.Struct):
-    include_usage: _Scalar = None
-
-
-class _Body(msgspec.Struct):
-    """Fields that every endpoint shares."""
-
-    model: str | None = None
-    stream: _Scalar = None
-    stream_options: _StreamOptions | None = None
-    max_tokens: _Scalar = None
-    n: _Scalar = None
-    priority: _Scalar = None
-    cache_salt: str | None = None
-    kv_transfer_params: msgspec.Raw = _NO_RAW
-
-
-class _Message(msgspec.Struct):
-    role: str
-    content: msgspec.Raw = _NO_RAW
-    tool_calls: msgspec.Raw = _NO_RAW
-
-
-class _Chat(_Body):
-    messages: list[_Message] = []
-    max_completion_tokens: _Scalar = None
-    tools: msgspec.Raw = _NO_RAW
-
-
-class _Completion(_Body):
-    prompt: str | list[str | int | list[int]] | None = None
-
-
-class _AnthropicMessages(_Chat):
-    system: msgspec.Raw = _NO_RAW
-
-
-class _Other(_Body):
-    instructions: msgspec.Raw = _NO_RAW
-    input: msgspec.Raw = _NO_RAW
-    max_output_tokens: _Scalar = None
-
-
-class _Part(msgspec.Struct):
-    text: msgspec.Raw = _NO_RAW
-
-
-_CHAT = msgspec.json.Decoder(_Chat)
-_ANTHROPIC = msgspec.json.Decoder(_AnthropicMessages)
-_COMPLETION = msgspec.json.Decoder(_Completion)
-_OTHER = msgspec.json.Decoder(_Other)
-_RAW_LIST = msgspec.json.Decoder(list[msgspec.Raw])
-_PART = msgspec.json.Decoder(_Part)
+    def for_prefill(self) -> ParsedRequest:
+        """The request as a Prefill worker gets it: one token, whose arrival is the end of the prefill."""
+        return ParsedRequest(
+            self.kind,
+            self.model,
+            stream=True,
+            prompt=self.prompt,
+            prompt_bytes=self.prompt_bytes,
+            prompt_tokens=self.prompt_tokens,
+            block_hashes=self.block_hashes,
+            max_output_tokens=1,
+            sequences=self.sequences,
+            priority=self.priority,
+            session_id=self.session_id,
+            tenant=self.tenant,
+            cache_salt=self.cache_salt,
+            include_usage=self.include_usage,
+            transfers=self.transfers,
+            headers=self.headers,
+        )
 
 
 def read_request(
@@ -175,17 +190,17 @@ def read_request(
 
 
 def _read_chat(body: bytes, headers: Mapping[bytes, bytes]) -> ParsedRequest:
-    chat = _CHAT.decode(body)
+    chat = CHAT.decode(body)
     limit = chat.max_tokens if chat.max_completion_tokens is None else chat.max_completion_tokens
-    return _request("chat", chat, _conversation(chat, _NO_RAW), limit)
+    return _request("chat", chat, _conversation(chat, NO_RAW), limit)
 
 
 def _read_anthropic(body: bytes, headers: Mapping[bytes, bytes]) -> ParsedRequest:
-    chat = _ANTHROPIC.decode(body)
+    chat = ANTHROPIC.decode(body)
     return _request("other", chat, _conversation(chat, chat.system), chat.max_tokens)
 
 
-def _conversation(chat: _Chat, system: msgspec.Raw) -> bytes:
+def _conversation(chat: Chat, system: msgspec.Raw) -> bytes:
     """Tools, system prompt and messages, as most chat templates order them."""
     if not chat.messages:
         problem = "`messages` is missing or empty: send at least one message"
@@ -205,13 +220,13 @@ def _conversation(chat: _Chat, system: msgspec.Raw) -> bytes:
 
 def _add_parts(content: msgspec.Raw, pieces: list[bytes | msgspec.Raw]) -> None:
     """Content parts: texts as they are, everything else by digest."""
-    for part in _RAW_LIST.decode(content):
-        text = _PART.decode(part).text if memoryview(part)[0] == _OBJECT else part
+    for part in RAW_LIST.decode(content):
+        text = PART.decode(part).text if memoryview(part)[0] == _OBJECT else part
         pieces.append(text or xxh3_128_digest(part) * (MEDIA_BYTES // 16))
 
 
 def _read_completion(body: bytes, headers: Mapping[bytes, bytes]) -> ParsedRequest:
-    completion = _COMPLETION.decode(body)
+    completion = COMPLETION.decode(body)
     prompt = completion.prompt
     if prompt is None or prompt == []:
         raise RequestError(
@@ -251,12 +266,12 @@ def _read_other(body: bytes, headers: Mapping[bytes, bytes]) -> ParsedRequest:
     """Responses, embeddings, scoring, audio and what engines invent: routed by `model` where there is one."""
     if not body or b"json" not in headers.get(b"content-type", b"json"):
         return ParsedRequest("other", "", prompt_bytes=len(body))
-    other = _OTHER.decode(body)
+    other = OTHER.decode(body)
     limit = other.max_tokens if other.max_output_tokens is None else other.max_output_tokens
     return _request("other", other, b"".join((other.instructions, other.input)), limit)
 
 
-def _request(kind: Kind, body: _Body, prompt: bytes, output_limit: _Scalar) -> ParsedRequest:
+def _request(kind: Kind, body: Body, prompt: bytes, output_limit: Scalar) -> ParsedRequest:
     model = body.model or ""
     salt = body.cache_salt
     if len(model) > MAX_NAME_BYTES:
@@ -281,7 +296,7 @@ def _request(kind: Kind, body: _Body, prompt: bytes, output_limit: _Scalar) -> P
     )
 
 
-def _truth(value: _Scalar) -> bool:
+def _truth(value: Scalar) -> bool:
     """As the engine's own lax reading of a boolean."""
     return (
         value is True
@@ -290,7 +305,7 @@ def _truth(value: _Scalar) -> bool:
     )
 
 
-def _whole(value: _Scalar, lowest: int, highest: int, default: int | None) -> int | None:
+def _whole(value: Scalar, lowest: int, highest: int, default: int | None) -> int | None:
     """A number within bounds, else the default: whether it is an error is the engine's to say."""
     if value is None or isinstance(value, str):
         return default

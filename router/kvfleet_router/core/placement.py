@@ -12,14 +12,13 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
 from heapq import heappop, heappush
 from math import ceil
 from typing import NamedTuple
 
 from kvfleet_router.core.choose import Choice, choose
 from kvfleet_router.core.decisions import Outcome, Try
-from kvfleet_router.core.disaggregation import divisible, for_prefill
+from kvfleet_router.core.disaggregation import divisible
 from kvfleet_router.core.energy import marginal_joules, watts
 from kvfleet_router.core.holdqueue import HoldQueue
 from kvfleet_router.core.parse import ParsedRequest
@@ -203,7 +202,7 @@ class Placement:
             candidates = self._affordable(candidates, arrival.lane)
         if candidates is None:
             return None
-        there = replace(arrival, expected_output_tokens=1.0)
+        there = arrival.expecting(1.0)
         return there, choose(there, candidates, self._fleet.index, self._fleet.table, self._rng, now)
 
     def _affordable(self, candidates: Candidates, lane: Lane) -> Candidates | None:
@@ -216,29 +215,24 @@ class Placement:
         worker, cached = choice.worker, choice.cached_tokens
         parsed, prompt = arrival.parsed, arrival.prompt_tokens
         if hands_on:
-            parsed = for_prefill(parsed)
+            parsed = parsed.for_prefill()
         cache = worker.cache
         pinned = cache.pin(arrival.blocks, now) if arrival.blocks else []
         joules = marginal_joules(arrival, worker, prompt - cached)
         ticket = Ticket(
-            arrival.decision.id,
-            arrival.request_id,
-            worker,
-            arrival.lane.config,
-            parsed,
             arrival,
+            parsed,
+            worker,
             now,
-            predicted_ttft_s,
-            arrival.attempt,
-            prompt,
-            cached,
-            worker.pool_state.cost.prefill_s(prompt - cached, prompt),
-            joules,
-            hands_on=hands_on,
+            predicted_ttft_s=predicted_ttft_s,
+            cached_tokens=cached,
+            prefill_s=worker.pool_state.cost.prefill_s(prompt - cached, prompt),
+            joules=joules,
             pinned=pinned,
             pin_epoch=cache.epoch,
             new_from_block=choice.cached_blocks,
             loose_tokens=max(prompt - len(pinned) * arrival.block_tokens, 0.0),
+            hands_on=hands_on,
         )
         worker.sent(ticket, now)
         self._assigned += 1
@@ -253,7 +247,7 @@ class Placement:
 
     def _hold(self, arrival: Arrival, on_assigned: OnAssigned, own_s: float, now: float) -> Held | Refusal:
         timeout_s = arrival.lane.config.admission.queue_timeout_seconds
-        held = Held(arrival, on_assigned, now, now + timeout_s, own_s=own_s)
+        held = Held(arrival, on_assigned, now, now + timeout_s, own_s)
         leaver = self.queue.add(held)
         if leaver is held:
             refusal = self._overloaded(arrival)

@@ -6,7 +6,7 @@ An Arrival is a request as routing sees it, the same object through holding and 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,83 +21,181 @@ PENDING, DECODING, CLOSED = range(3)
 """A ticket's phases: sent but no first token yet; producing tokens; finished, abandoned or retried."""
 
 
-@dataclass(slots=True, eq=False)
 class Arrival:
     """A request to be routed. Policies read it."""
 
-    parsed: ParsedRequest
-    request_id: str
-    lane: Lane
-    """The policy and pools that take it."""
-    arrived_at: float
-    deadline: float
-    """When its first token is due by the policy's SLO."""
-    prompt_tokens: float
-    """Estimated, unless the request says."""
-    expected_output_tokens: float
-    block_tokens: float
-    """Tokens in a block of this prompt."""
-    outputs: OutputLengths
-    """What is known of the model's answers."""
-    blocks: list[int]
-    """Chained hashes of the prompt's blocks; empty when the policy does not look at prefixes."""
-    decision: Decision
-    received_tokens: float = 0.0
-    """Prompt tokens that a Prefill worker has computed for it and hands to whoever decodes."""
-    whole: bool = False
-    """Not to be divided between a Prefill and a Decode worker (any more)."""
-    load: float = 0.0
-    """How busy the lane's pools are: 0 idle, 1 at the SLO's edge."""
-    attempt: int = 0
-    excluded: tuple[str, ...] = ()
-    """Workers that failed this request before."""
+    __slots__ = (
+        "arrived_at",
+        "attempt",
+        "block_tokens",
+        "blocks",
+        "deadline",
+        "decision",
+        "excluded",
+        "expected_output_tokens",
+        "lane",
+        "load",
+        "outputs",
+        "parsed",
+        "prompt_tokens",
+        "received_tokens",
+        "request_id",
+        "whole",
+    )
+
+    def __init__(
+        self,
+        parsed: ParsedRequest,
+        request_id: str,
+        lane: Lane,
+        arrived_at: float,
+        *,
+        deadline: float,
+        prompt_tokens: float,
+        expected_output_tokens: float,
+        block_tokens: float,
+        outputs: OutputLengths,
+        blocks: list[int],
+        decision: Decision,
+    ) -> None:
+        self.parsed = parsed
+        self.request_id = request_id
+        self.lane = lane
+        """The policy and pools that take it."""
+        self.arrived_at = arrived_at
+        self.deadline = deadline
+        """When its first token is due by the policy's SLO."""
+        self.prompt_tokens = prompt_tokens
+        """Estimated, unless the request says."""
+        self.expected_output_tokens = expected_output_tokens
+        self.block_tokens = block_tokens
+        """Tokens in a block of this prompt."""
+        self.outputs = outputs
+        """What is known of the model's answers."""
+        self.blocks = blocks
+        """Chained hashes of the prompt's blocks; empty when the policy does not look at prefixes."""
+        self.decision = decision
+        self.load = 0.0
+        """How busy the lane's pools are: 0 idle, 1 at the SLO's edge."""
+        self.attempt = 0
+        self.excluded: tuple[str, ...] = ()
+        """Workers that failed this request before."""
+        self.received_tokens = 0.0
+        """Prompt tokens that a Prefill worker has computed for it and hands to whoever decodes."""
+        self.whole = False
+        """Not to be divided between a Prefill and a Decode worker (any more)."""
+
+    def expecting(self, output_tokens: float) -> Arrival:
+        """The same, as it looks to a worker that is to produce so many tokens of it: to be scored, not to be sent."""
+        other = Arrival(
+            self.parsed,
+            self.request_id,
+            self.lane,
+            self.arrived_at,
+            deadline=self.deadline,
+            prompt_tokens=self.prompt_tokens,
+            expected_output_tokens=output_tokens,
+            block_tokens=self.block_tokens,
+            outputs=self.outputs,
+            blocks=self.blocks,
+            decision=self.decision,
+        )
+        other.load, other.attempt, other.excluded = self.load, self.attempt, self.excluded
+        other.received_tokens, other.whole = self.received_tokens, self.whole
+        return other
 
 
-@dataclass(slots=True, eq=False)
 class Ticket:
     """One try of one request on one worker. `chunks` is the caller's to increment; all else is the dispatcher's."""
 
-    id: str
-    """The decision's id: the same for all tries of a request."""
-    request_id: str
-    worker: Worker
-    policy: PolicyConfig
-    parsed: ParsedRequest
-    arrival: Arrival
-    sent_at: float
-    predicted_ttft_s: float
-    """From now on: the time the request was held is not in it."""
-    attempt: int
-    """0 for the first try."""
-    prompt_tokens: float
-    """Estimated, unless the request says."""
-    cached_tokens: float
-    """Of them, expected in the worker's prefix cache."""
-    prefill_s: float
-    """Predicted prefill time of the uncached tokens, uncalibrated, alone on the worker."""
-    joules: float
-    """Predicted marginal energy."""
-    hands_on: bool = False
-    """The worker computes the prompt only and hands its KV entries on: `Dispatcher.prefilled` comes next, not `finish`."""
-    first_token_at: float | None = None
-    chunks: int = 0
-    """Body chunks received: engines send one for each token of a stream."""
-    phase: int = PENDING
-    presumed: bool = False
-    """The decode phase began by prediction, not by an observed token."""
-    pinned: list[int] = field(default_factory=list)
-    """Blocks pinned in the worker's cache, in the cache's `pin_epoch`."""
-    pin_epoch: int = 0
-    new_from_block: int = 0
-    """Blocks from this one on were in nobody's prompt on the worker before."""
-    loose_tokens: float = 0.0
-    """Prompt tokens outside the pinned blocks."""
-    decoding_since: float = 0.0
-    """When its decode phase began."""
-    tokens_at_start: float = 0.0
-    sequence_seconds_at_start: float = 0.0
-    context_token_seconds_at_start: float = 0.0
-    prefill_seconds_at_start: float = 0.0
+    __slots__ = (
+        "arrival",
+        "attempt",
+        "cached_tokens",
+        "chunks",
+        "context_token_seconds_at_start",
+        "decoding_since",
+        "first_token_at",
+        "hands_on",
+        "id",
+        "joules",
+        "loose_tokens",
+        "new_from_block",
+        "parsed",
+        "phase",
+        "pin_epoch",
+        "pinned",
+        "policy",
+        "predicted_ttft_s",
+        "prefill_s",
+        "prefill_seconds_at_start",
+        "presumed",
+        "prompt_tokens",
+        "request_id",
+        "sent_at",
+        "sequence_seconds_at_start",
+        "tokens_at_start",
+        "worker",
+    )
+
+    def __init__(
+        self,
+        arrival: Arrival,
+        parsed: ParsedRequest,
+        worker: Worker,
+        sent_at: float,
+        *,
+        predicted_ttft_s: float,
+        cached_tokens: float,
+        prefill_s: float,
+        joules: float,
+        pinned: list[int],
+        pin_epoch: int,
+        new_from_block: int,
+        loose_tokens: float,
+        hands_on: bool,
+    ) -> None:
+        self.id = arrival.decision.id
+        """The decision's id: the same for all tries of a request."""
+        self.request_id = arrival.request_id
+        self.worker = worker
+        self.policy: PolicyConfig = arrival.lane.config
+        self.parsed = parsed
+        self.arrival = arrival
+        self.sent_at = sent_at
+        self.predicted_ttft_s = predicted_ttft_s
+        """From now on: the time the request was held is not in it."""
+        self.attempt = arrival.attempt
+        """0 for the first try."""
+        self.prompt_tokens = arrival.prompt_tokens
+        """Estimated, unless the request says."""
+        self.cached_tokens = cached_tokens
+        """Of them, expected in the worker's prefix cache."""
+        self.prefill_s = prefill_s
+        """Predicted prefill time of the uncached tokens, uncalibrated, alone on the worker."""
+        self.joules = joules
+        """Predicted marginal energy."""
+        self.first_token_at: float | None = None
+        self.chunks = 0
+        """Body chunks received: engines send one for each token of a stream."""
+        self.phase = PENDING
+        self.presumed = False
+        """The decode phase began by prediction, not by an observed token."""
+        self.pinned = pinned
+        """Blocks pinned in the worker's cache, in the cache's `pin_epoch`."""
+        self.pin_epoch = pin_epoch
+        self.new_from_block = new_from_block
+        """Blocks from this one on were in nobody's prompt on the worker before."""
+        self.loose_tokens = loose_tokens
+        """Prompt tokens outside the pinned blocks."""
+        self.hands_on = hands_on
+        """The worker computes the prompt only and hands its KV entries on: `Dispatcher.prefilled` comes next, not `finish`."""
+        self.decoding_since = 0.0
+        """When its decode phase began."""
+        self.tokens_at_start = 0.0
+        self.sequence_seconds_at_start = 0.0
+        self.context_token_seconds_at_start = 0.0
+        self.prefill_seconds_at_start = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,18 +210,27 @@ class Refusal:
     param: str | None = None
 
 
-@dataclass(slots=True, eq=False)
 class Held:
     """A request waiting in the router's queue. Opaque to callers, but for `Dispatcher.cancel`."""
 
-    arrival: Arrival
-    on_assigned: Callable[[Ticket | Refusal], None]
-    held_since: float
-    expires_at: float
-    """When it is refused."""
-    order: tuple[int, int, float, int] = (0, 0, 0.0, 0)
-    """Its place in the queue: priority, hopeless, deadline or arrival, sequence number."""
-    own_s: float = 0.0
-    """Its own prefill time as of the last decision."""
-    waiting: bool = True
-    """False once called back or cancelled."""
+    __slots__ = ("arrival", "expires_at", "held_since", "on_assigned", "order", "own_s", "waiting")
+
+    def __init__(
+        self,
+        arrival: Arrival,
+        on_assigned: Callable[[Ticket | Refusal], None],
+        held_since: float,
+        expires_at: float,
+        own_s: float,
+    ) -> None:
+        self.arrival = arrival
+        self.on_assigned = on_assigned
+        self.held_since = held_since
+        self.expires_at = expires_at
+        """When it is refused."""
+        self.order: tuple[int, int, float, int] = (0, 0, 0.0, 0)
+        """Its place in the queue: priority, hopeless, deadline or arrival, sequence number."""
+        self.own_s = own_s
+        """Its own prefill time as of the last decision."""
+        self.waiting = True
+        """False once called back or cancelled."""

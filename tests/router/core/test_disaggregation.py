@@ -1,7 +1,5 @@
 """Prefill and decode apart: who is divided, exact accounting on both workers, and every way it can go wrong."""
 
-from dataclasses import replace
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,6 +22,11 @@ def divided(prefill=2, decode=2, strategy="kvfleet", **fields):
 def prefilled(fleet, ticket, *, handed=True):
     fleet.now += 0.1
     return fleet.dispatcher.prefilled(ticket, fleet.called_back.append, handed=handed, prompt_tokens=LONG)
+
+
+def of_kind(kind, parsed):
+    parsed.kind = kind
+    return parsed
 
 
 def pool_of(ticket):
@@ -63,7 +66,7 @@ def test_both_workers_have_the_prompt_cached_afterwards():
         request(LONG, sequences=2),
         request(LONG, transfers=True),
         request(LONG, max_output_tokens=1),
-        replace(request(LONG), kind="other"),
+        of_kind("other", request(LONG)),
     ],
     ids=["short", "several sequences", "the client transfers itself", "one token", "another endpoint"],
 )
