@@ -1,10 +1,15 @@
-"""Which worker holds which beginning of a prompt: block hash -> bit mask of workers.
+"""Which worker holds which beginning of a prompt: runs of blocks -> bit mask of workers.
 
     match     walks a prompt's chained hashes once, for all workers at a time: a worker's bit survives as long as it holds
-              every block so far. O(blocks), whatever the number of workers.
+              every block so far. Whatever the number of workers, it costs a look-up per run.
     pin       a prompt was sent: its blocks count as cached from now on (bursts that share a prefix go together), are
               the youngest of the worker's LRU, and cannot be evicted until `unpin`.
     store, remove, clear   what the engine itself says about its cache. All are idempotent.
+
+Blocks that always came together are kept together: a run is a stretch of a prompt that nobody has told apart yet, held whole
+by each of its workers. What is known of workers (who holds it, since when, pinned how often) is known of runs, so a prompt of
+thousands of blocks costs a few steps. Only one table knows single blocks, block -> run. Where a prompt leaves a run half-way,
+or a worker drops a part of one, it is cut in two: the front becomes a new run, the rest keeps its number.
 
 Each worker has its own LRU with the capacity of its KV cache, so the index evicts about what the engine evicts, and from
 the tail of prompts first, as engines do. Memory is bounded by the sum of the capacities, at most MAX_TOTAL_BLOCKS.
@@ -12,9 +17,7 @@ the tail of prompts first, as engines do. Memory is bounded by the sum of the ca
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import islice
 
 Match = list[tuple[int, int]]
 """(mask of workers, leading blocks they hold), every worker in at most one mask, fewest blocks first."""
@@ -24,35 +27,134 @@ MAX_TOTAL_BLOCKS = 4_000_000
 MIN_CAPACITY_BLOCKS = 64
 EVICTION_PART = 64
 """One eviction frees this part of the capacity."""
+MAX_RUN_BLOCKS = 256
+"""Bounds what one cut, or one eviction of a run that others hold as well, can cost."""
+
+
+class Runs:
+    """All runs, by number: their blocks, and who holds them. A run nobody holds is forgotten."""
+
+    __slots__ = ("_next", "blocks", "caches", "holders", "of_block")
+
+    def __init__(self) -> None:
+        self.of_block: dict[int, int] = {}
+        self.blocks: dict[int, tuple[int, ...]] = {}
+        self.holders: dict[int, int] = {}
+        self.caches: dict[int, WorkerCache] = {}
+        """By slot."""
+        self._next = 0
+
+    def add(self, blocks: tuple[int, ...], holders: int) -> int:
+        run = self._next
+        self._next = run + 1
+        self.blocks[run] = blocks
+        self.holders[run] = holders
+        self.of_block.update(dict.fromkeys(blocks, run))
+        return run
+
+    def forget(self, run: int) -> None:
+        self.forget_blocks(self.blocks.pop(run))
+        del self.holders[run]
+
+    def forget_blocks(self, blocks: tuple[int, ...]) -> None:
+        of_block = self.of_block
+        for block in blocks:
+            del of_block[block]
+
+    def cut(self, run: int, size: int) -> int:
+        """Make the first `size` blocks of a run (not all) a run of their own; returns it. Its holders hold both."""
+        blocks, holders = self.blocks[run], self.holders[run]
+        front = self.add(blocks[:size], holders)
+        self.blocks[run] = blocks[size:]
+        while holders:
+            slot = holders.bit_length() - 1
+            holders ^= 1 << slot
+            self.caches[slot].cut(run, front)
+        return front
+
+    def cover(self, blocks: tuple[int, ...]) -> list[int]:
+        """The runs that hold exactly these blocks, in their order: cut and added as needed, those added without holders."""
+        found: list[int] = []
+        of_block, end, at = self.of_block, len(blocks), 0
+        while at < end:
+            run = of_block.get(blocks[at])
+            if run is None:
+                at = self._add_unknown(blocks, at, found)
+                continue
+            held = self.blocks[run]
+            if held[0] != blocks[at]:
+                self.cut(run, held.index(blocks[at]))
+                held = self.blocks[run]
+            size = common(blocks, at, held, 0)
+            found.append(self.cut(run, size) if size < len(held) else run)
+            at += size
+        return found
+
+    def _add_unknown(self, blocks: tuple[int, ...], at: int, found: list[int]) -> int:
+        """Add the blocks from `at` to the next known one (or one that came before) as runs; returns where they end."""
+        rest = blocks[at : at + MAX_RUN_BLOCKS]
+        if not self.of_block.keys().isdisjoint(rest) or len(set(rest)) != len(rest):
+            size = 0
+            seen: set[int] = set()
+            while rest[size] not in self.of_block and rest[size] not in seen:
+                seen.add(rest[size])
+                size += 1
+            rest = rest[:size]
+        found.append(self.add(rest, 0))
+        return at + len(rest)
+
+
+def common(one: tuple[int, ...], one_at: int, other: tuple[int, ...], other_at: int) -> int:
+    """How many blocks two stretches have in common from there on."""
+    size = min(len(one) - one_at, len(other) - other_at)
+    if one[one_at : one_at + size] == other[other_at : other_at + size]:
+        return size
+    low = 0
+    while size - low > 1:  # the first `low` are equal, the first `size` are not
+        middle = (low + size) // 2
+        if one[one_at + low : one_at + middle] == other[other_at + low : other_at + middle]:
+            low = middle
+        else:
+            size = middle
+    return low
 
 
 class WorkerCache:
-    """One worker's part of the index: its LRU, and which blocks its in-flight prompts pin."""
+    """One worker's part of the index: its LRU, and which runs its in-flight prompts pin."""
 
-    __slots__ = ("_capacity", "_holders", "_pins", "_used_at", "bit", "epoch", "slot", "tail_used_at")
+    __slots__ = (
+        "_capacity",
+        "_pins",
+        "_runs",
+        "_size",
+        "_used_at",
+        "bit",
+        "epoch",
+        "pinned_blocks",
+        "slot",
+        "tail_used_at",
+    )
 
-    def __init__(self, holders: dict[int, int], slot: int, capacity_blocks: int) -> None:
+    def __init__(self, runs: Runs, slot: int, capacity_blocks: int) -> None:
         self.slot = slot
         self.bit = 1 << slot
         self.epoch = 0
         """Changes when the cache is cleared: pins from before count no more."""
         self.tail_used_at = 0.0
         """When the block next in line for eviction was last used, as of the last eviction."""
+        self.pinned_blocks = 0
+        """Distinct blocks of prompts in flight."""
         self._capacity = capacity_blocks
-        self._holders = holders
-        self._used_at: dict[int, float] = {}  # in LRU order, oldest first
-        self._pins: Counter[int] = Counter()
+        self._runs = runs
+        self._size = 0  # blocks held
+        self._used_at: dict[int, float] = {}  # run -> time, in LRU order, oldest first
+        self._pins: dict[int, int] = {}  # run -> prompts in flight
 
     def __len__(self) -> int:
-        return len(self._used_at)
+        return self._size
 
     def __contains__(self, block: int) -> bool:
-        return block in self._used_at
-
-    @property
-    def pinned_blocks(self) -> int:
-        """Distinct blocks of prompts in flight."""
-        return len(self._pins)
+        return self._runs.of_block.get(block, -1) in self._used_at
 
     @property
     def capacity_blocks(self) -> int:
@@ -61,86 +163,144 @@ class WorkerCache:
     @property
     def free_blocks(self) -> int:
         """Room for new blocks before old ones go. What one eviction frees at once is slack of the index, not of the engine."""
-        return max(self._capacity - self._capacity // EVICTION_PART - len(self._used_at), 0)
+        return max(self._capacity - self._capacity // EVICTION_PART - self._size, 0)
 
     def resize(self, blocks: int) -> None:
         self._capacity = max(blocks, MIN_CAPACITY_BLOCKS)
-        self._evict(len(self._used_at) - self._capacity)
+        self._evict(self._size - self._capacity)
 
     def pin(self, blocks: list[int], now: float) -> list[int]:
         """Count the blocks of a prompt just sent as cached. Returns those pinned: fewer when in-flight prompts fill the cache."""
-        room = self._capacity - len(self._pins)
+        room = self._capacity - self.pinned_blocks
         if len(blocks) > room:
             blocks = blocks[: max(room, 0)]
-        self._pins.update(blocks)
-        self.store(blocks, now)
+        runs = self._runs.cover(tuple(blocks))
+        pins = self._pins
+        for run in runs:
+            count = pins.get(run, 0)
+            pins[run] = count + 1
+            if not count:
+                self.pinned_blocks += len(self._runs.blocks[run])
+        self._hold(runs, now)
         return blocks
 
     def unpin(self, blocks: list[int], epoch: int, *, forget_from: int | None = None) -> None:
         """The prompt is done. `forget_from`: it was never computed; from this block on nothing else put the blocks here."""
         if epoch != self.epoch:
             return
-        pins = self._pins
-        take = pins.pop
-        for block in blocks:
-            count = take(block)
+        runs, pins = self._runs, self._pins
+        at, end = 0, len(blocks)
+        while at < end:  # what is pinned is only ever cut, so whole runs cover it still
+            run = runs.of_block[blocks[at]]
+            size = len(runs.blocks[run])
+            at += size
+            count = pins.pop(run)
             if count > 1:
-                pins[block] = count - 1
+                pins[run] = count - 1
+            else:
+                self.pinned_blocks -= size
         if forget_from is not None:
             self.remove(blocks[forget_from:])
 
     def store(self, blocks: Sequence[int], now: float) -> None:
         """The worker holds these blocks (first to last of a prompt), used now."""
-        used_at, holders, bit = self._used_at, self._holders, self.bit
-        take, holders_with = used_at.pop, holders.setdefault
-        for block in reversed(blocks):  # the last of a prompt is the first to be evicted
-            if take(block, None) is None:
-                mask = holders_with(block, bit)
-                if mask is not bit:
-                    holders[block] = mask | bit
-            used_at[block] = now
-        excess = len(used_at) - self._capacity
-        if excess > 0:
-            self._evict(
-                excess + self._capacity // EVICTION_PART
-            )  # some more at once: the walk to the oldest is worth it
+        self._hold(self._runs.cover(tuple(blocks)), now)
 
     def remove(self, blocks: Iterable[int]) -> None:
         """The worker holds these blocks no more. What in-flight prompts pin stays: the engine cannot have dropped it."""
-        pins = self._pins
-        self._drop([block for block in dict.fromkeys(blocks) if block in self._used_at and block not in pins])
+        runs = self._runs
+        listed = tuple(blocks)
+        at, end = 0, len(listed)
+        while at < end:
+            run = runs.of_block.get(listed[at], -1)
+            if run not in self._used_at or run in self._pins:
+                at += 1
+                continue
+            held = runs.blocks[run]
+            start = held.index(listed[at])
+            size = common(listed, at, held, start)
+            at += size
+            if start + size < len(held):
+                run = runs.cut(run, start + size)
+            if start:
+                if runs.holders[run] == self.bit:
+                    self._trim(run, start)
+                    continue
+                runs.cut(run, start)
+            self._drop(run)
 
     def clear(self) -> None:
         """The worker holds nothing any more: restarted, or proven wrong."""
-        self._drop(list(self._used_at))
+        for run in list(self._used_at):
+            self._drop(run)
         self._pins.clear()
+        self.pinned_blocks = 0
         self.epoch += 1
+
+    def cut(self, run: int, front: int) -> None:
+        """A run it holds was cut: its front is younger than the rest, which is to be evicted first."""
+        used_at, pins = self._used_at, self._pins
+        used_at[front] = used_at[run]
+        if run in pins:
+            pins[front] = pins[run]
+
+    def _hold(self, held: list[int], now: float) -> None:
+        runs, used_at, bit = self._runs, self._used_at, self.bit
+        holders, take = runs.holders, used_at.pop
+        for run in reversed(held):  # the last of a prompt is the first to be evicted
+            if take(run, -1.0) < 0.0 and not holders[run] & bit:
+                holders[run] |= bit
+                self._size += len(runs.blocks[run])
+            used_at[run] = now
+        excess = self._size - self._capacity
+        if excess > 0:  # some more at once: the walk to the oldest is worth it
+            self._evict(excess + self._capacity // EVICTION_PART)
 
     def _evict(self, wanted: int) -> None:
         """Drop the oldest blocks that are not pinned. Pinned ones met on the way become young: in use is as good as used now."""
-        used_at, pins = self._used_at, self._pins
-        while (count := min(wanted, len(used_at) - len(pins))) > 0:
-            oldest = list(islice(used_at, count))
-            victims = [block for block in oldest if block not in pins] if pins else oldest
-            if len(victims) < count:
-                for block in oldest:
-                    if block in pins:
-                        used_at[block] = used_at.pop(block)
-            if victims:
-                self.tail_used_at = used_at[victims[-1]]
-                self._drop(victims)
-            wanted -= len(victims)
+        used_at, pins, runs = self._used_at, self._pins, self._runs
+        wanted = min(wanted, self._size - self.pinned_blocks)
+        while wanted > 0:
+            victims: list[int] = []
+            pinned: list[int] = []
+            count = 0
+            for run in used_at:
+                if run in pins:
+                    pinned.append(run)
+                    continue
+                victims.append(run)
+                count += len(runs.blocks[run])
+                if count >= wanted:
+                    break
+            for run in pinned:
+                used_at[run] = used_at.pop(run)
+            self.tail_used_at = used_at[victims[-1]]
+            for run in victims:
+                size = len(runs.blocks[run])
+                if size > wanted and runs.holders[run] == self.bit:
+                    self._trim(run, size - wanted)
+                else:
+                    self._drop(run)
+                wanted -= size
 
-    def _drop(self, blocks: list[int]) -> None:
-        """Forget blocks this worker holds (each once)."""
-        used_at, bit = self._used_at, self.bit
-        holders = self._holders
-        take = holders.pop
-        for block in blocks:
-            del used_at[block]
-            mask = take(block)
-            if mask is not bit and mask != bit:
-                holders[block] = mask ^ bit
+    def _trim(self, run: int, size: int) -> None:
+        """Drop all but the first `size` blocks of a run that no other worker holds: it keeps its place in the LRU."""
+        runs = self._runs
+        blocks = runs.blocks[run]
+        runs.blocks[run] = blocks[:size]
+        runs.forget_blocks(blocks[size:])
+        self._size -= len(blocks) - size
+
+    def _drop(self, run: int) -> None:
+        """Forget a run this worker holds."""
+        runs = self._runs
+        del self._used_at[run]
+        self._size -= len(runs.blocks[run])
+        left = runs.holders[run] ^ self.bit
+        if left:
+            runs.holders[run] = left
+        else:
+            runs.forget(run)
 
 
 class PrefixIndex:
@@ -148,19 +308,19 @@ class PrefixIndex:
 
     def __init__(self, max_total_blocks: int = MAX_TOTAL_BLOCKS) -> None:
         self._max_total_blocks = max_total_blocks
-        self._holders: dict[int, int] = {}
+        self._runs = Runs()
         self._wanted: dict[WorkerCache, int] = {}
         self._share = 1.0
         self._free_slots: list[int] = []
 
     def __len__(self) -> int:
-        return len(self._holders)
+        return len(self._runs.of_block)
 
     def add_worker(self, capacity_blocks: int) -> WorkerCache:
         """A worker with an empty cache, in the lowest slot that is free."""
         self._free_slots.sort(reverse=True)
         slot = self._free_slots.pop() if self._free_slots else len(self._wanted)
-        cache = WorkerCache(self._holders, slot, MIN_CAPACITY_BLOCKS)
+        cache = self._runs.caches[slot] = WorkerCache(self._runs, slot, MIN_CAPACITY_BLOCKS)
         self.set_capacity(cache, capacity_blocks)
         return cache
 
@@ -174,6 +334,7 @@ class PrefixIndex:
         """Forget the worker; its slot may go to another. Late `unpin`s of its tickets do nothing."""
         cache.clear()
         del self._wanted[cache]
+        del self._runs.caches[cache.slot]
         self._free_slots.append(cache.slot)
         self._fit()
 
@@ -187,19 +348,24 @@ class PrefixIndex:
     def match(self, blocks: Iterable[int]) -> Match:
         """For every worker that holds the first block: how many leading blocks it holds."""
         found: Match = []
-        live = depth = 0
-        for mask in map(self._holders.get, blocks):
-            if mask != live:
-                if mask is None:
+        runs = self._runs
+        wanted = tuple(blocks)
+        at, end = 0, len(wanted)
+        live = 0
+        while at < end:
+            run = runs.of_block.get(wanted[at])
+            if run is None:
+                break
+            held, mask = runs.blocks[run], runs.holders[run]
+            kept = live & mask if at else mask
+            if kept != live:
+                if live:
+                    found.append((live ^ kept, at))
+                live = kept
+                if not kept:
                     break
-                kept = live & mask if depth else mask
-                if kept != live:
-                    if live:
-                        found.append((live ^ kept, depth))
-                    live = kept
-                    if not kept:
-                        break
-            depth += 1
+            start = 0 if held[0] == wanted[at] else held.index(wanted[at])
+            at += common(wanted, at, held, start)
         if live:
-            found.append((live, depth))
+            found.append((live, at))
         return found
