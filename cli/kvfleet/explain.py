@@ -2,14 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import httpx
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 NEGLIGIBLE_SHARE = 0.005
 """A part that is less than this share of the dearest candidate's cost is left out of the table."""
+
+
+def dry_run(url: str, body: Path, path: str, headers: Sequence[str]) -> dict[str, Any]:
+    """Ask the router at `url` (its admin port) what it would do with this body. Raises ValueError saying what to do."""
+    fields = {}
+    for line in headers:
+        name, separator, value = line.partition(":")
+        if not separator or not name.strip():
+            raise ValueError(f"--header {line!r}: write it as `name: value`")
+        fields[name.strip()] = value.strip()
+    try:
+        content = body.read_bytes()
+    except OSError as error:
+        raise ValueError(f"--body {body}: {error.strerror}: give a file with the JSON body of a request") from error
+    headers_sent = {"content-type": "application/json", **fields}
+    try:
+        answer = httpx.post(
+            url.rstrip("/") + "/explain", params={"path": path}, content=content, headers=headers_sent, timeout=10.0
+        )
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        raise ValueError(f"--url {url}: {error}: give the router's admin address (default port 9090)") from error
+    if answer.status_code != 200:
+        try:
+            reason = answer.json()["error"]["message"]
+        except (ValueError, KeyError, TypeError):
+            reason = f"{url}/explain answered {answer.status_code}: is this a router's admin port?"
+        raise ValueError(f"{body}: {reason}")
+    found: dict[str, Any] = answer.json()
+    return found
 
 
 def explain_decision(decision: Mapping[str, Any]) -> RenderableType:
@@ -68,6 +99,11 @@ def _outcome(decision: Mapping[str, Any]) -> Text:
     text = Text("  ")
     if tries := decision["tries"]:
         text.append(f"predicted: TTFT {_ms(tries[-1]['predicted_ttft_s'])}, {tries[-1]['predicted_joules']:.0f} J")
+    if decision.get("dry_run"):
+        words = {"send": "would be sent", "hold": "would wait", "refuse": "would be refused"}[decision["would"]]
+        return text.append(
+            f"{'; ' if decision['tries'] else ''}{words}" + (f": {decision['why']}" if decision["why"] else "")
+        )
     outcome = decision["outcome"]
     if outcome is None:
         return text.append("; still running")

@@ -353,6 +353,14 @@ def explain(
         typer.Argument(help="Decision id (header x-kvfleet-decision), or `pool`. Default: the latest decision."),
     ] = None,
     name: Annotated[str | None, typer.Argument(help="With `pool`: the ModelPool.")] = None,
+    body: Annotated[
+        Path | None,
+        typer.Option(help="A request's JSON body: what would the router do with it now? Nothing is sent to a worker."),
+    ] = None,
+    path: Annotated[str, typer.Option(help="With --body: the endpoint it is for.")] = "/v1/chat/completions",
+    header: Annotated[
+        list[str] | None, typer.Option("-H", "--header", help="With --body: a header of the request, `name: value`.")
+    ] = None,
     url: Annotated[str, typer.Option(help="Admin address of the router.")] = "http://127.0.0.1:9090",
     limit: Annotated[int, typer.Option("-n", min=1, max=100, help="How many of the latest.")] = 1,
     namespace: Annotated[str | None, typer.Option(help="Of the pool. Default: the kubeconfig's.")] = None,
@@ -365,12 +373,20 @@ def explain(
     """Why did this request go there? Candidates, what each would have cost, prediction and outcome. Or, with `pool NAME`:
     why has this pool so many workers?
 
-    Examples: `kvfleet explain` · `kvfleet explain -n 5` · `kvfleet explain 1f3a-27 --url http://router:9090` · `kvfleet explain pool llama-8b --namespace prod`
+    Examples: `kvfleet explain` · `kvfleet explain -n 5` · `kvfleet explain --body request.json -H "x-session-id: a"` · `kvfleet explain 1f3a-27 --url http://router:9090` · `kvfleet explain pool llama-8b --namespace prod`
     """
     import httpx
 
-    from kvfleet.explain import explain_decision
+    from kvfleet.explain import dry_run, explain_decision
 
+    if body is not None:
+        if decision is not None or name is not None:
+            raise UsageError("--body explains a request that was not sent: leave out the decision")
+        try:
+            Console().print(explain_decision(dry_run(url, body, path, header or [])))
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        return
     if decision == "pool":
         from kvfleet.explain_pool import PoolError, explain_pool, read_pool
 
@@ -384,9 +400,9 @@ def explain(
         return
     if name is not None:
         raise UsageError(f"{name}: only `kvfleet explain pool NAME` takes a name: leave it out")
-    path = f"/decisions/{decision}" if decision else f"/decisions?limit={limit}"
+    asked = f"/decisions/{decision}" if decision else f"/decisions?limit={limit}"
     try:
-        answer = httpx.get(url.rstrip("/") + path, timeout=10.0)
+        answer = httpx.get(url.rstrip("/") + asked, timeout=10.0)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise UsageError(f"--url {url}: {error}: give the router's admin address (default port 9090)") from error
     if answer.status_code == 404:
@@ -394,10 +410,10 @@ def explain(
             f"{decision}: no such decision: only the latest are kept; list them with `kvfleet explain -n 20`"
         )
     if answer.status_code != 200:
-        raise UsageError(f"{url}{path} answered {answer.status_code}: is this a router's admin port?")
-    body = answer.json()
+        raise UsageError(f"{url}{asked} answered {answer.status_code}: is this a router's admin port?")
+    found = answer.json()
     console = Console()
-    decisions = [body] if decision else body["decisions"]
+    decisions = [found] if decision else found["decisions"]
     if not decisions:
         console.print("No decisions yet: send a request first.")
     for item in decisions:

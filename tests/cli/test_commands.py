@@ -95,6 +95,10 @@ def test_crds_prints_the_four_kinds() -> None:
         (["demo", "--policy", "best"], "use one of"),
         (["demo", "--json", "/nonexistent/out.json"], "is not a directory"),
         (["explain", "--url", "http://127.0.0.1:1"], "admin address"),
+        (["explain", "--body", "/nonexistent"], "--body /nonexistent"),
+        (["explain", "--body", "README.md", "--url", "http://127.0.0.1:1"], "admin address"),
+        (["explain", "--body", "README.md", "-H", "x"], "write it as `name: value`"),
+        (["explain", "--body", "README.md", "1f-2"], "leave out the decision"),
     ],
 )
 def test_wrong_usage_says_what_to_do(arguments: list[str], words: str) -> None:

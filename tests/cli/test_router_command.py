@@ -1,5 +1,6 @@
 """`kvfleet router` and `kvfleet worker` as processes, used with OpenAI's own client."""
 
+import json
 import subprocess
 import sys
 import threading
@@ -118,18 +119,34 @@ def test_what_is_wrong_with_a_request_is_said_in_openais_shape(fleet: Fleet) -> 
     assert dead.json()["error"]["message"]
 
 
+def explain(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "kvfleet", "explain", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+
+
+def test_a_request_is_explained_without_being_sent(fleet: Fleet, tmp_path: Path) -> None:
+    body = tmp_path / "request.json"
+    body.write_text(json.dumps({"model": MODEL, "messages": MESSAGES}))
+    result = explain("--body", str(body), "--url", fleet.admin, "-H", "x-session-id: a")
+    assert result.returncode == 0, result.stderr
+    for word in (MODEL, "cost", "predicted: TTFT", "would be sent"):
+        assert word in result.stdout
+    assert httpx.get(f"{fleet.admin}/decisions").json()["decisions"] == []
+    body.write_text(json.dumps({"model": "other", "messages": MESSAGES}))
+    refused = explain("--body", str(body), "--url", fleet.admin)
+    assert "would be refused: The model 'other' does not exist" in " ".join(refused.stdout.split())
+    body.write_text("{")
+    wrong = explain("--body", str(body), "--url", fleet.admin)
+    assert wrong.returncode == 2
+    assert "not valid JSON" in " ".join(wrong.stderr.split())
+
+
 def test_a_decision_is_explained(fleet: Fleet) -> None:
     answer = httpx.post(
         f"{fleet.url}/v1/chat/completions", json={"model": MODEL, "messages": MESSAGES, "max_tokens": 2}
     )
     decision = answer.headers["x-kvfleet-decision"]
-    result = subprocess.run(
-        [sys.executable, "-m", "kvfleet", "explain", decision, "--url", fleet.admin],
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
+    result = explain(decision, "--url", fleet.admin)
     assert result.returncode == 0, result.stderr
     for word in (decision, answer.headers["x-kvfleet-worker"], "cost", "predicted: TTFT", "came: ok"):
         assert word in result.stdout

@@ -17,7 +17,7 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from kvfleet_router.core.worker import Worker
 
-YOUNG = 6
+YOUNG = 12
 """Requests of a worker that began to decode last, and are looked at one by one."""
 
 Array = npt.NDArray[np.float64]
@@ -37,6 +37,7 @@ class Columns:
     context_tokens: Array
     prefill_s_per_token: Array
     prefill_s_per_token_pair: Array
+    prefill_seconds: Array
     prefill_share: Array
     prefill_share_at: Array
     pending: Array
@@ -51,7 +52,7 @@ class Columns:
     context_token_joules: Array
     fixed_step_joules: Array
     youngest: Array
-    """One row for each of `Worker.youngest`."""
+    """2 x YOUNG rows: `Worker.youngest`."""
 
 
 FIELDS = tuple(field.name for field in fields(Columns))[:-1]
@@ -64,7 +65,7 @@ class Table:
     def __init__(self) -> None:
         self.stale: set[Worker] = set()
         """Workers whose figures changed since their row was written."""
-        self._rows: Array = np.zeros((len(FIELDS) + YOUNG, 64))
+        self._rows: Array = np.zeros((len(FIELDS) + 2 * YOUNG, 64))
 
     def columns(self, slots: npt.NDArray[np.intp]) -> Columns:
         for worker in self.stale:

@@ -99,17 +99,18 @@ class DecisionLog:
             except ValueError:
                 decision = None
             if decision is not None and decision.id == id:
-                return self._render(decision)
+                return self.render(decision)
         matching = [d for d in self._ring if d is not None and d.request_id == id]
-        return self._render(max(matching, key=lambda d: d.sequence)) if matching else None
+        return self.render(max(matching, key=lambda d: d.sequence)) if matching else None
 
     def recent(self, n: int = 100) -> list[dict[str, Any]]:
         """The latest decisions, newest first."""
         size = len(self._ring)
         latest = (self._ring[(self._next - 1 - back) % size] for back in range(min(max(n, 0), size, self._next)))
-        return [self._render(decision) for decision in latest if decision is not None]
+        return [self.render(decision) for decision in latest if decision is not None]
 
-    def _render(self, decision: Decision) -> dict[str, Any]:
+    def render(self, decision: Decision) -> dict[str, Any]:
+        """The decision as a JSON-able dict."""
         first = decision.tries[0].at if decision.tries else None
         return {
             "id": decision.id,

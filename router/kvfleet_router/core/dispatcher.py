@@ -18,9 +18,11 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from kvfleet_api.fleetconfig import FleetConfig
-from kvfleet_router.core.decisions import DecisionLog, Outcome
+from kvfleet_router.core.decisions import Decision, DecisionLog, Outcome
+from kvfleet_router.core.dryrun import DRY_RUN, told, try_dry, unrecorded
 from kvfleet_router.core.hashing import MAX_BLOCKS, block_hashes, seed_of
 from kvfleet_router.core.learning import learn
 from kvfleet_router.core.parse import ParsedRequest
@@ -204,6 +206,18 @@ class Dispatcher:
             return lane
         return self._placement.place(self._arrival(parsed, request_id, lane, now), on_assigned, now)
 
+    def dry_run(self, parsed: ParsedRequest) -> dict[str, Any]:
+        """What would be done with the request now, as a decision's record with `would` and `why`. Nothing changes."""
+        now = self._clock()
+        self._catch_up(now)
+        decision = unrecorded(now)
+        lane = self._routes.find(parsed)
+        if isinstance(lane, Refusal):
+            decision.model, verdict = parsed.model, ("refuse", lane.message)
+        else:
+            verdict = try_dry(self._placement, self._arrival(parsed, DRY_RUN, lane, now, decision), now)
+        return told(self.decisions.render(decision), verdict)
+
     def cancel(self, held: Held) -> None:
         """The client went away while queued. `on_assigned` will not be called."""
         if held.waiting:
@@ -330,7 +344,9 @@ class Dispatcher:
 
     # -- inside ---------------------------------------------------------------------------------------------------------
 
-    def _arrival(self, parsed: ParsedRequest, request_id: str, lane: Lane, now: float) -> Arrival:
+    def _arrival(
+        self, parsed: ParsedRequest, request_id: str, lane: Lane, now: float, decision: Decision | None = None
+    ) -> Arrival:
         policy, config = lane.policy, lane.config
         tokens = Routes.prompt_tokens(parsed, lane)
         blocks: list[int] = []
@@ -340,7 +356,7 @@ class Dispatcher:
                 parsed.block_hashes = block_hashes(parsed.prompt, seed=seed, block_bytes=self._block_bytes)
             blocks = parsed.block_hashes[:MAX_BLOCKS]
         parsed.prompt = b""
-        decision = self.decisions.open(request_id, now)
+        decision = decision or self.decisions.open(request_id, now)
         decision.model, decision.policy, decision.strategy = parsed.model, config.name, config.strategy
         decision.parts, decision.prompt_tokens = policy.parts, tokens
         outputs = lane.pools[0].stats.outputs

@@ -165,15 +165,34 @@ class Placement:
     # -- inside -----------------------------------------------------------------------------------------------------------
 
     def _decide(self, arrival: Arrival, now: float) -> Ticket | Refusal | Waits:
+        picked = self.pick(arrival, now)
+        if isinstance(picked, Refusal):
+            self.record_refusal(arrival, picked, now)
+            return picked
+        if isinstance(picked, Waits):
+            return picked
+        scored, choice, hands_on = picked
+        backlog, own, step, kv_wait = ttft_parts(scored, choice.worker, choice.cached_tokens, now)
+        if self.would_hold(arrival, backlog):
+            return Waits(own)
+        return self._assign(arrival, choice, backlog + own + step + kv_wait, now, hands_on=hands_on)
+
+    @staticmethod
+    def would_hold(arrival: Arrival, backlog_s: float) -> bool:
+        """Whether it waits at the router while the worker chosen has this backlog."""
+        limit = arrival.lane.policy.hold_above_s
+        return limit is not None and backlog_s > limit and arrival.lane.config.admission.max_queue > 0
+
+    def pick(self, arrival: Arrival, now: float) -> tuple[Arrival, Choice, bool] | Refusal | Waits:
+        """The arrival as scored, the worker chosen, and whether it hands on what it computes. Changes nothing."""
         lane = arrival.lane
-        config, policy = lane.config, lane.policy
+        config = lane.config
         candidates = lane.candidates(arrival, self._rng)
         if candidates is None:
             resort = lane.last_resort(arrival)
             if resort is None:
                 return NO_ROOM
             if isinstance(resort, Refusal):
-                self.record_refusal(arrival, resort, now)
                 return resort
             candidates = resort
         if config.energy_mode != "Off":
@@ -184,18 +203,11 @@ class Placement:
                     return NO_ROOM
                 candidates = within
         choice = choose(arrival, candidates, self._fleet.index, self._fleet.table, self._rng, now)
-        scored, hands_on = arrival, False
         if lane.prefill_pools and divisible(arrival, choice):
-            elsewhere = self._choose_prefill(arrival, now)
-            if elsewhere is not None:
-                scored, choice = elsewhere
-                hands_on = True
-        backlog, own, step, kv_wait = ttft_parts(scored, choice.worker, choice.cached_tokens, now)
-        if policy.hold_above_s is not None and backlog > policy.hold_above_s and config.admission.max_queue:
-            return Waits(own)
-        return self._assign(arrival, choice, backlog + own + step + kv_wait, now, hands_on=hands_on)
+            return self._pick_prefill(arrival, now) or (arrival, choice, False)
+        return arrival, choice, False
 
-    def _choose_prefill(self, arrival: Arrival, now: float) -> tuple[Arrival, Choice] | None:
+    def _pick_prefill(self, arrival: Arrival, now: float) -> tuple[Arrival, Choice, bool] | None:
         """The Prefill worker for this prompt, and the arrival as it looks there; None: all are gone, full or failed."""
         candidates = arrival.lane.candidates(arrival, self._rng, prefill=True)
         if candidates is not None and arrival.lane.config.energy_mode == "Strict":
@@ -203,7 +215,7 @@ class Placement:
         if candidates is None:
             return None
         there = arrival.expecting(1.0)
-        return there, choose(there, candidates, self._fleet.index, self._fleet.table, self._rng, now)
+        return there, choose(there, candidates, self._fleet.index, self._fleet.table, self._rng, now), True
 
     def _affordable(self, candidates: Candidates, lane: Lane) -> Candidates | None:
         max_watts = lane.config.max_watts

@@ -12,7 +12,7 @@ is n·V − ΣV0. When the worker falls idle every sum is set to zero, so roundi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import exp, inf
+from math import exp
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -29,6 +29,7 @@ PREFILL_SHARE_WINDOW_S = 20.0
 MIN_CALIBRATION_TOKENS = 8
 MAX_CALIBRATION_PREFILL_SHARE = 0.5
 """Streams interrupted more than this say too little about decode steps."""
+LONG_AGO_S = 1e12
 MIN_STEP_S = 1e-5
 """Keeps divisors positive where a profile says nothing takes time."""
 
@@ -179,8 +180,8 @@ class Worker:
         self.prefill_share_at = now
         self.head_since = now
         """When the prefill now running began."""
-        self.decoding_since: list[float] = []
-        """When the requests now decoding began to, the latest last."""
+        self.decoding_since: list[tuple[float, float]] = []
+        """Of the requests now decoding, the latest last: when they began to, and `prefill_seconds` then."""
         self._pending: dict[int, Ticket] = {}
         self._loose_tokens = 0.0  # prompt tokens in flight outside pinned blocks
         self._decode_prompt_tokens = 0.0
@@ -240,7 +241,7 @@ class Worker:
         ticket.phase = DECODING
         ticket.presumed = presumed
         ticket.decoding_since = now
-        self.decoding_since.append(now)
+        self.decoding_since.append((now, self.prefill_seconds))
         ticket.tokens_at_start = self._tokens_per_sequence
         ticket.sequence_seconds_at_start = self.sequence_seconds
         ticket.context_token_seconds_at_start = self.context_token_seconds
@@ -268,7 +269,7 @@ class Worker:
         elif ticket.phase == DECODING:
             sequences = ticket.parsed.sequences
             own.decoding -= sequences
-            self.decoding_since.remove(ticket.decoding_since)
+            self.decoding_since.remove((ticket.decoding_since, ticket.prefill_seconds_at_start))
             self._decode_prompt_tokens -= ticket.prompt_tokens
             self._generated_offset -= sequences * ticket.tokens_at_start
         ticket.phase = CLOSED
@@ -334,9 +335,14 @@ class Worker:
         self._refresh()
 
     def youngest(self) -> list[float]:
-        """When the YOUNG requests that began last to decode did so, the latest first; -inf where there are fewer."""
+        """`decoding_since` of the YOUNG requests that began last, the latest first: all times, then all prefill seconds.
+
+        Where there are fewer: that of requests that began ages ago.
+        """
         latest = self.decoding_since[: -YOUNG - 1 : -1]
-        return latest + [-inf] * (YOUNG - len(latest))
+        missing = YOUNG - len(latest)
+        times, prefilled = [time for time, _ in latest], [seconds for _, seconds in latest]
+        return times + [-LONG_AGO_S] * missing + prefilled + [self.prefill_seconds] * missing
 
     # -- inside ---------------------------------------------------------------------------------------------------------
 

@@ -1,10 +1,14 @@
-"""The admin port: metrics, health, decisions, workers and configuration, for operators and tools. GET only, JSON but for /metrics.
+"""The admin port: metrics, health, decisions, workers and configuration, for operators and tools. JSON but for /metrics.
+
+Nothing here changes anything: all is GET but for the dry run, whose request is its body.
 
 /metrics                the routers' own figures, Prometheus text
 /healthz                200 while the process runs
 /readyz                 200 once a configuration is served; 503 while leaving
 /decisions?limit=N      the latest decisions, newest first
 /decisions/{id}         one decision, by its id or its request id
+/explain?path=/v1/…     POST a request's body (and headers): what would be done with it now; nothing is sent. Default path:
+                        /v1/chat/completions
 /workers                every worker and its state
 /config                 revision and content of the configuration being served
 /loaded                 its revision, every policy's, and why a newer one is refused: what the operator asks for
@@ -21,13 +25,17 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
 from kvfleet_router.core.dispatcher import Dispatcher
+from kvfleet_router.core.parse import RequestError, read_request
 from kvfleet_router.io import wire
 from kvfleet_router.io.connection import ClientConnection
 from kvfleet_router.io.loaded import Loaded
+from kvfleet_router.io.proxy import PROXIED_PATHS
 from kvfleet_router.io.request import Request
 
 DEFAULT_LIMIT = 100
 MAX_LIMIT = 10_000
+EXPLAIN = "/explain"
+DEFAULT_EXPLAINED = "/v1/chat/completions"
 
 
 class Admin:
@@ -53,7 +61,9 @@ class Admin:
 
     def handle(self, request: Request, connection: ClientConnection) -> None:
         route = self._routes.get(request.path)
-        if request.method not in (b"GET", b"HEAD"):
+        if request.path == EXPLAIN:
+            self._explain(request, connection)
+        elif request.method not in (b"GET", b"HEAD"):
             body = wire.error_object(405, "The admin port is read only: use GET.", code="method_not_allowed")
             connection.reply(405, body, headers=[wire.header(b"allow", "GET, HEAD")])
         elif route is not None:
@@ -61,7 +71,7 @@ class Admin:
         elif request.path.startswith("/decisions/"):
             self._decision(unquote(request.path.removeprefix("/decisions/")), connection)
         else:
-            message = f"Unknown path {request.path}: use one of {', '.join(self._routes)}."
+            message = f"Unknown path {request.path}: use one of {', '.join((*self._routes, EXPLAIN))}."
             connection.reply(404, wire.error_object(404, message, code="unknown_path"))
 
     def _metrics(self, request: Request, connection: ClientConnection) -> None:
@@ -92,6 +102,26 @@ class Admin:
             connection.reply(404, wire.error_object(404, message, code="unknown_decision"))
         else:
             connection.reply(200, _json(decision))
+
+    def _explain(self, request: Request, connection: ClientConnection) -> None:
+        if request.method != b"POST":
+            body = wire.error_object(405, "POST the body of the request to explain.", code="method_not_allowed")
+            connection.reply(405, body, headers=[wire.header(b"allow", "POST")])
+            return
+        query = parse_qs(request.target.partition(b"?")[2].decode("ascii"))
+        path = query.get("path", [DEFAULT_EXPLAINED])[-1]
+        if path not in PROXIED_PATHS:
+            message = f"path: {path!r} is not served: use one of {', '.join(sorted(PROXIED_PATHS))}"
+            connection.reply(400, wire.error_object(400, message, param="path", code="invalid_value"))
+            return
+        limit = self._dispatcher.config.limits.max_body_bytes
+        try:
+            parsed = read_request(path, request.body, request.headers, max_body_bytes=limit)
+        except RequestError as error:
+            body = wire.error_object(error.status, error.message, kind=error.type, param=error.param, code=error.code)
+            connection.reply(error.status, body)
+            return
+        connection.reply(200, _json(self._dispatcher.dry_run(parsed)))
 
     def _workers(self, request: Request, connection: ClientConnection) -> None:
         workers = [

@@ -6,8 +6,9 @@
     harm   = aP·own·n_dec + bD·E·[(H + C·(L + E/2))·n1 + H·n1 + C·ctx]                 what it slows, and is slowed
     evict  = gE·max(0, u + E − free)·Pp·exp(−age of the LRU tail / 60 s)               what it pushes out of the cache
     slo    = gI·[v(itl1) + n1·(v(itl1) − v(itl0))] + gT·σ((TTFT − m·slack)/(.05·slack))   marginal goodput
-             + gS·Σ [F(1 + own/(SLO − itl0)) − F(a)]/(1 − F(a))      F: share of answers so short, a: tokens they have
-               over the n_pending (a = 1: that has no gap to be stalled) and the youngest six that decode
+             + gS·Σ [F(l + own/spare) − F(max(a, l))]/(1 − F(a))                           answers this prefill ruins
+             over the n_pending (a = l = 1) and the YOUNG that began last to decode; F: share of answers so short
+             a: tokens it has by now, l = 1 + (prefill it was and will be stalled by)/spare, spare = SLO − step
              itl0 = step/(1 − share), itl1 = (step + H + C·L)/(1 − share − own/20 s), share = time spent in prefill
              v(x) = σ((x − m·SLO)/(.06·SLO)), m = the margin
     ΔE     = ep·u + E·(E1 + Ec·(L + E/2)) + (E0 − P_idle·W)·E/(n1 + 1)                 joules it adds
@@ -17,8 +18,8 @@
 Intent. Backlog is measured in time, so a short prompt does not queue behind an 80k one. The SLO term is marginal: a worker
 beyond its SLO costs nothing more, so overload is concentrated instead of pushing every worker just over the line. Its stall
 term is what means over 20 s miss: an answer of few tokens has no time to recover from one long prefill right behind its own,
-and the prompts pending on a worker are exactly those whose answers begin when this prefill does. An answer that has already
-gone on for longer than the prefill costs in spare time is safe. While the winner's backlog exceeds θ the request stays at the router, where it can still go
+and the prompts pending on a worker are exactly those whose answers begin when this prefill does. An answer longer than its
+stalls cost in spare time is safe, and one that cannot become so is lost already: neither counts. While the winner's backlog exceeds θ the request stays at the router, where it can still go
 elsewhere.
 
 With energy, the SLO weighs more and its margin is earlier (the guard), and joules have a price: load gathers on few
@@ -36,7 +37,7 @@ from typing import ClassVar
 import numpy as np
 
 from kvfleet_api.fleetconfig import PolicyConfig
-from kvfleet_router.core.calibration import OUTPUT_EDGES, OutputLengths
+from kvfleet_router.core.calibration import OUTPUT_EDGES
 from kvfleet_router.core.columns import YOUNG, Array, Columns
 from kvfleet_router.core.energy import marginal_joules, marginal_joules_many
 from kvfleet_router.core.policy import Policy
@@ -80,7 +81,7 @@ GOODPUT = Weights(
     hold_above_s=0.1,
     itl_slo_s=0.3,
     ttft_slo_s=0.3,
-    stall_s=2.0,
+    stall_s=3.0,
 )
 """GP: most requests inside their SLO; the default."""
 GUARD = replace(
@@ -161,8 +162,8 @@ class KVFleet(Policy):
             if sequences:
                 itl = step / (free if free > MIN_DECODE_SHARE else MIN_DECODE_SHARE)
                 slo += weights.itl_slo_s * sequences * (after - _sigmoid((itl - middle) / width))
-                spare, least = target - itl, MIN_SPARE_ITL * target
-                slo += weights.stall_s * _stalled(arrival.outputs, own / max(spare, least), worker, itl, now)
+                spare, least = target - step, MIN_SPARE_ITL * target
+                slo += weights.stall_s * _stalled(arrival, own, spare if spare > least else least, worker, now)
         slack = arrival.deadline - now
         if weights.ttft_slo_s and slack > 0.0:
             slo += weights.ttft_slo_s * _sigmoid((ttft - weights.ttft_margin * slack) / (TTFT_SHARPNESS * slack))
@@ -202,8 +203,8 @@ class KVFleet(Policy):
             after = _sigmoids((itl_with - middle) / width)
             itl = step / np.maximum(free, MIN_DECODE_SHARE)
             slo = weights.itl_slo_s * (after + sequences * (after - _sigmoids((itl - middle) / width)))
-            spare = np.maximum(target - itl, MIN_SPARE_ITL * target)
-            slo += weights.stall_s * _stalled_many(arrival.outputs, own / spare, workers, itl, now)
+            spare = np.maximum(target - step, MIN_SPARE_ITL * target)
+            slo += weights.stall_s * _stalled_many(arrival, own, spare, workers, now)
         slack = arrival.deadline - now
         if weights.ttft_slo_s and slack > 0.0:
             slo += weights.ttft_slo_s * _sigmoids((ttft - weights.ttft_margin * slack) / (TTFT_SHARPNESS * slack))
@@ -222,29 +223,43 @@ def _between(low: Weights, high: Weights, share: float) -> Weights:
     return Weights(*((1.0 - share) * a + share * b for a, b in zip(astuple(low), astuple(high), strict=True)))
 
 
-def _stalled(outputs: OutputLengths, tokens: float, worker: Worker, itl_s: float, now: float) -> float:
-    """Answers expected to be too short to get over a pause that takes the spare time of so many tokens."""
-    length = 1.0 + tokens
-    up_to = outputs.share_up_to(length)
-    stalled = worker.pending * (up_to - outputs.shares[0])
-    for since in worker.decoding_since[: -YOUNG - 1 : -1]:
-        age = 1.0 + (now - since) / itl_s
-        if age >= length:
-            break
-        past = outputs.share_up_to(age)
-        if past < 1.0:
-            stalled += (up_to - past) / (1.0 - past)
+def _stalled(arrival: Arrival, own: float, spare: float, worker: Worker, now: float) -> float:
+    """Answers on the worker expected to end beyond their ITL SLO because of this prefill, and not otherwise.
+
+    `spare`: seconds a token may take beyond a step. An answer that was in prefills' way for so long needs 1 + (what it
+    suffered)/spare tokens to be inside the SLO on average: it is ruined if it ends between that length without this prefill
+    and that with it.
+    """
+    share = arrival.outputs.share_up_to
+    more = own / spare
+    stalled = worker.pending * (share(1.0 + more) - arrival.outputs.shares[0])
+    running = 0.0
+    if worker.backlog_s:
+        running = min(now - worker.head_since, worker.head_prefill_s)
+    for since, prefilled in worker.decoding_since[: -YOUNG - 1 : -1]:
+        suffered = worker.prefill_seconds - prefilled
+        safe = 1.0 + (suffered + worker.backlog_s) / spare
+        age = 1.0 + max(now - since - suffered - running, 0.0) / worker.step_now_s
+        if age < safe + more:
+            past = share(age)
+            if past < 1.0:
+                stalled += (share(safe + more) - (past if age > safe else share(safe))) / (1.0 - past)
     return stalled
 
 
-def _stalled_many(outputs: OutputLengths, tokens: Array, workers: Columns, itl_s: Array, now: float) -> Array:
-    length = 1.0 + tokens
-    up_to = np.interp(length, OUTPUT_EDGES, outputs.shares)
-    ages = 1.0 + (now - workers.youngest) / itl_s
-    past = np.minimum(np.interp(ages, OUTPUT_EDGES, outputs.shares), 1.0 - 1e-12)
-    at_risk = np.where(ages < length, (up_to - past) / (1.0 - past), 0.0)
-    stalled: Array = workers.pending * (up_to - outputs.shares[0]) + np.maximum(at_risk, 0.0).sum(axis=0)
-    return stalled
+def _stalled_many(arrival: Arrival, own: Array, spare: Array, workers: Columns, now: float) -> Array:
+    shares = arrival.outputs.shares
+    more = own / spare
+    pending: Array = workers.pending * (np.interp(1.0 + more, OUTPUT_EDGES, shares) - shares[0])
+    running = np.where(workers.backlog_s > 0.0, np.minimum(now - workers.head_since, workers.head_prefill_s), 0.0)
+    since, prefilled = workers.youngest[:YOUNG], workers.youngest[YOUNG:]
+    suffered = workers.prefill_seconds - prefilled
+    safe = 1.0 + (suffered + workers.backlog_s) / spare
+    age = 1.0 + np.maximum(now - since - suffered - running, 0.0) / workers.step_now_s
+    past = np.minimum(np.interp(age, OUTPUT_EDGES, shares), 1.0 - 1e-12)
+    ruined = np.interp(safe + more, OUTPUT_EDGES, shares) - np.interp(np.maximum(age, safe), OUTPUT_EDGES, shares)
+    at_risk: Array = np.where(age < safe + more, ruined / (1.0 - past), 0.0).sum(axis=0)
+    return pending + at_risk
 
 
 def _sigmoid(x: float) -> float:

@@ -16,6 +16,7 @@ from scripted import (
     post,
 )
 
+from kvfleet_api.compile import static_fleet
 from kvfleet_router.io import metrics as metrics_module
 
 USAGE_EVENT = chunk(
@@ -216,3 +217,48 @@ async def test_config_revision_follows(bench: Bench) -> None:
     router.take_config(fleet([worker], retries=1))
     ready = await bench.ask(router, get("/readyz"), admin=True)
     assert ready.json()["revision"] == fleet([worker], retries=1).revision
+
+
+def explain(body: bytes, query: bytes = b"", *headers: bytes) -> bytes:
+    return post(body, *headers, path=b"/explain" + query)
+
+
+async def test_a_dry_run_tells_where_a_request_would_go_and_sends_nothing(bench: Bench) -> None:
+    workers = [await bench.worker() for _ in range(2)]
+    router = await bench.router(config=static_fleet([worker.url for worker in workers], "kvfleet", "m"))
+    before = router.dispatcher.decisions.recent(10)
+    answer = await bench.ask(router, explain(chat_body()), admin=True)
+    told = answer.json()
+    assert (answer.status, told["would"], told["dry_run"], told["model"]) == (200, "send", True, "m")
+    (made,) = told["tries"]
+    names = {worker.url.removeprefix("http://") for worker in workers}
+    assert {candidate["worker"] for candidate in made["candidates"]} == names
+    assert made["candidates"][0]["parts"].keys() >= {"backlog", "prefill", "step"}
+    assert not any(worker.requests for worker in workers)
+    assert router.dispatcher.decisions.recent(10) == before
+    assert all(worker.sent_requests == worker.in_flight == 0 for worker in router.dispatcher.workers())
+
+
+async def test_a_dry_run_says_why_nobody_would_get_it(bench: Bench) -> None:
+    router = await bench.router(config=static_fleet([(await bench.worker()).url], "kvfleet", "m"))
+    told = (await bench.ask(router, explain(chat_body(model="other")), admin=True)).json()
+    assert (told["would"], told["tries"]) == ("refuse", [])
+    assert "'other' does not exist" in told["why"]
+
+
+@pytest.mark.parametrize(
+    ("body", "query", "status", "param"),
+    [(b"{", b"", 400, None), (b"{}", b"", 400, "messages"), (b"{}", b"?path=/v1/models", 400, "path")],
+)
+async def test_a_dry_run_of_a_bad_request_names_what_is_bad(
+    bench: Bench, body: bytes, query: bytes, status: int, param: str | None
+) -> None:
+    router = await bench.router(await bench.worker())
+    answer = await bench.ask(router, explain(body, query), admin=True)
+    assert (answer.status, answer.json()["error"]["param"]) == (status, param)
+
+
+async def test_a_dry_run_is_posted(bench: Bench) -> None:
+    router = await bench.router(await bench.worker())
+    answer = await bench.ask(router, get("/explain"), admin=True)
+    assert (answer.status, answer.header("allow")) == (405, "POST")

@@ -110,7 +110,13 @@ def test_pushing_sequences_over_the_itl_slo_is_what_costs():
 def test_the_slo_part_is_the_formula():
     fleet = one_worker(itl_slo_s=0.012, ttft_slo_s=0.5)
     worker = decoding(fleet, 20)
-    worker.decoding_since[-8:] = [fleet.now - age_s for age_s in (9, 4, 1, 0.5, 0.05, 0.02, 0.01, 0)]
+    stalled_s = worker.prefill_seconds
+    worker.decoding_since[-4:] = [
+        (fleet.now - 9, stalled_s),
+        (fleet.now - 1, stalled_s - 0.4),
+        (fleet.now, stalled_s - 0.3),
+        (fleet.now, stalled_s),
+    ]
     parts, arrival = parts_of(fleet, request(3000))
     step, own = worker.step_now_s, parts["prefill"]
     h, c = COST.step_s_per_sequence, COST.step_s_per_context_token
@@ -124,12 +130,15 @@ def test_the_slo_part_is_the_formula():
     ttft = parts["backlog"] + own + parts["step"] + parts["kv_wait"]
     slack = arrival.deadline - fleet.now
     expected = GOODPUT.itl_slo_s * (after + 20 * (after - v(itl)))
-    length, share_up_to = 1 + own / (0.012 - itl), arrival.outputs.share_up_to
-    ages = sorted(1 + (fleet.now - since) / itl for since in worker.decoding_since)[:YOUNG]
-    assert ages[2] < length < ages[4]
-    expected += GOODPUT.stall_s * sum(
-        (share_up_to(length) - share_up_to(age)) / (1 - share_up_to(age)) for age in ages if age < length
-    )
+    share_up_to, more = arrival.outputs.share_up_to, own / (0.012 - step)
+    ruined = []
+    for since, prefilled in worker.decoding_since[-YOUNG:]:
+        suffered = stalled_s - prefilled
+        safe, age = 1 + suffered / (0.012 - step), 1 + max(fleet.now - since - suffered, 0) / step
+        if age < safe + more:
+            ruined.append((share_up_to(safe + more) - share_up_to(max(age, safe))) / (1 - share_up_to(age)))
+    assert 1 < len(ruined) < YOUNG
+    expected += GOODPUT.stall_s * sum(ruined)
     expected += GOODPUT.ttft_slo_s * sigmoid((ttft - 0.9 * slack) / (0.05 * slack))
     assert parts["slo"] == pytest.approx(expected)
 
@@ -232,6 +241,6 @@ def test_answers_that_have_lasted_are_safe_from_a_stall():
     worker = decoding(fleet, 6)
     costs = []
     for age_s in (0.0, 0.2, 5.0):
-        worker.decoding_since[:] = [fleet.now - age_s] * 6
+        worker.decoding_since[:] = [(fleet.now - age_s, worker.prefill_seconds)] * 6
         costs.append(parts_of(fleet, request(4000))[0]["slo"])
     assert costs[0] > costs[1] > costs[2]
