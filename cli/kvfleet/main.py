@@ -261,6 +261,20 @@ def simulate(
         bool | None,
         typer.Option("--kv-events/--no-kv-events", help="Engines report their caches. Default: as in the manifests."),
     ] = None,
+    park_seconds: Annotated[
+        float | None, typer.Option(min=1, help="Switch workers off after so long without work. Default: never.")
+    ] = None,
+    autoscale: Annotated[
+        bool, typer.Option(help="Let the operator's autoscaler choose the number of workers, over --hours.")
+    ] = False,
+    hours: Annotated[float, typer.Option(min=0.01, max=336, help="With --autoscale: how long.")] = 24.0,
+    startup_seconds: Annotated[
+        float, typer.Option(min=0, max=7200, help="What a worker takes to start, with --autoscale and --park-seconds.")
+    ] = 120.0,
+    hpa_target: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="With --autoscale: requests in flight a worker for HPA's rules. Default: 8, 16, 32."),
+    ] = None,
     jobs: Annotated[int, typer.Option("-j", "--jobs", min=1, max=1024, help="Processes.")] = 1,
     json: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
     plot: Annotated[
@@ -269,7 +283,7 @@ def simulate(
 ) -> None:
     """What would a policy do to this fleet? Simulated workers, the router's own core, virtual time: an hour in seconds.
 
-    Examples: `kvfleet simulate -f examples/bench8 --trace examples/traces/mooncake_synthetic_300.jsonl` · `kvfleet simulate -f examples/bench8 --trace shared-prefix --policy lmetric --policy kvfleet:energy --load 0.3 --seeds 3 --json out.json --plot out.png` · `kvfleet simulate -f my-fleet/ --trace trace.jsonl --policy manifests --capacity`
+    Examples: `kvfleet simulate -f examples/bench8 --trace examples/traces/mooncake_synthetic_300.jsonl` · `kvfleet simulate -f examples/bench8 --trace shared-prefix --policy lmetric --policy kvfleet:energy --load 0.3 --seeds 3 --json out.json --plot out.png` · `kvfleet simulate -f my-fleet/ --trace trace.jsonl --policy manifests --capacity` · `kvfleet simulate -f my-fleet/ --trace servegen_client_rates.tar.gz --autoscale --hours 24 --load 0.4`
     """
     from kvfleet import simulate as command
     from kvfleet import simulate_plot
@@ -296,6 +310,23 @@ def simulate(
             calibration_error=calibration_error,
         )
         experiment = command.Experiment(config, model, source, options)
+        if autoscale:
+            from kvfleet import simulate_autoscale
+
+            simulate_autoscale.command(
+                experiment,
+                trace=trace,
+                load=(load or [0.4])[0],
+                hours=hours,
+                hpa_targets=hpa_target or [8, 16, 32],
+                startup_s=startup_seconds,
+                jobs=jobs,
+                console=console,
+                json=json,
+            )
+            return
+        if park_seconds is not None:
+            experiment = command.with_parking(experiment, park_seconds, startup_seconds)
         report = command.run_experiment(
             experiment,
             policies=policies,

@@ -11,7 +11,8 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -25,6 +26,7 @@ from rich.table import Table
 
 from kvfleet_api.fleetconfig import FleetConfig
 from kvfleet_api.manifests import Manifests
+from kvfleet_sim.elastic import Elastic, Parking
 from kvfleet_sim.fleet import Options, simulate
 from kvfleet_sim.outcomes import Figures, Slo, figures
 from kvfleet_sim.saturation import WANTED_ATTAINMENT, saturation_rps, slo_capacity_rps
@@ -44,6 +46,8 @@ class Experiment:
     model: str
     load: Load
     options: Options = field(default_factory=Options)
+    elastic: Callable[[], Elastic] | None = None
+    """How workers come and go: a new controller for each run. None: all are on all the time."""
 
     @property
     def slo(self) -> Slo:
@@ -64,6 +68,8 @@ class Task:
     """Fraction of the saturation rate."""
     rate_rps: float | None = None
     first_rps: float = 1.0
+    elastic: Callable[[], Elastic] | None = None
+    """Instead of the experiment's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +115,26 @@ def fleet_of(
     return with_simulated_workers(config.model_copy(update={"pools": served, "policies": kept}), replicas), model
 
 
+def with_parking(experiment: Experiment, idle_s: float, startup_s: float) -> Experiment:
+    """Idle workers are switched off, and started again under load. Their devices are given back meanwhile: 0 W."""
+    no_phases(experiment)
+    return replace(experiment, elastic=partial(_parked, idle_s, startup_s))
+
+
+def _parked(idle_s: float, startup_s: float) -> Elastic:
+    return Elastic(Parking(idle_s), startup_s=startup_s)
+
+
+def no_phases(experiment: Experiment) -> None:
+    """Raise ValueError for pools of one phase: their workers cannot come and go here."""
+    for pool in experiment.config.pools:
+        if pool.role != "Unified":
+            raise ValueError(
+                f"ModelPool {pool.name}: workers of role {pool.role} cannot come and go in simulate: leave out "
+                "--autoscale and --park-seconds"
+            )
+
+
 def check(loads: Sequence[float], json: Path | None) -> None:
     """Raise ValueError for what would fail only after the time was spent."""
     for load in loads:
@@ -148,6 +174,13 @@ def run_experiment(
         ]
         capacities = list(_run_all(experiment, searches, jobs, progress, "capacities found", 1))
     return Report(saturation, results, capacities)
+
+
+def run_tasks(experiment: Experiment, tasks: list[Task], jobs: int, console: Console) -> list[Result]:
+    """These runs alone, in their order."""
+    with _terminable(), _progress(console) as progress:
+        requests = len(experiment.load.requests(tasks[0].rate_rps or 1.0, 0))
+        return list(_run_all(experiment, tasks, jobs, progress, "requests simulated", requests))
 
 
 @contextmanager
@@ -223,6 +256,7 @@ def _simulated(
         block_tokens=load.block_tokens,
         seed=task.seed,
         options=experiment.options,
+        elastic=made() if (made := task.elastic or experiment.elastic) is not None else None,
         on_progress=on_progress,
     )
     ttft_ms = run.ttft_s[run.completed] * 1000
@@ -251,6 +285,8 @@ COLUMNS: tuple[tuple[str, str, float, int], ...] = (
     ("fail", "failed", 1, 0),
 )
 """Title, figure, factor, and which direction is better (0: neither)."""
+ELASTIC_COLUMN = ("on%", "worker_share", 100, -1)
+"""Shown where workers come and go."""
 BOLD = "[bold green]{}[/bold green]"
 
 
@@ -271,12 +307,17 @@ def print_report(report: Report, console: Console) -> None:
         table = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0), show_edge=False, title_style="")
         table.add_column("load", min_width=4, justify="right")
         table.add_column("policy", no_wrap=True)
-        for name, *_ in COLUMNS:
+        columns = (
+            [*COLUMNS, ELASTIC_COLUMN]
+            if any(row["starts"] or row["worker_share"] < 1 for row in rows.values())
+            else COLUMNS
+        )
+        for name, *_ in columns:
             table.add_column(name, justify="right", no_wrap=True)
         for load in dict.fromkeys(load for load, _ in rows):
             group = {policy: row for (at, policy), row in rows.items() if at == load}
             for number, (policy, row) in enumerate(group.items()):
-                cells = [cell(row, list(group.values()), *column[1:], bold=BOLD) for column in COLUMNS]
+                cells = [cell(row, list(group.values()), *column[1:], bold=BOLD) for column in columns]
                 table.add_row(f"{load:g}" if not number else "", policy, *cells)
             table.add_section()
         console.print(table)

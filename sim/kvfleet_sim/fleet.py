@@ -23,6 +23,7 @@ from dataclasses import astuple, dataclass
 from functools import partial
 from heapq import heapify, heappop, heappush
 from operator import add
+from statistics import fmean
 from typing import Final
 
 import numpy as np
@@ -85,6 +86,8 @@ class Run:
     requests_by_worker: Counter[str]
     worker_seconds: float = 0.0
     """Of all workers together, while they were on, starting or leaving."""
+    worker_share: float = 1.0
+    """`worker_seconds` by what they would be if all were on."""
     starts: int = 0
     """Workers started while the fleet ran."""
 
@@ -233,6 +236,7 @@ class _Simulation:
             finish_s=finish_s,
             joules=sum(worker.joules_at(self._now_s) for worker in self._workers),
             worker_seconds=sum(worker.seconds_at(self._now_s) for worker in self._workers),
+            worker_share=fmean(worker.seconds_at(self._now_s) for worker in self._workers) / (self._now_s or 1.0),
             starts=sum(worker.starts for worker in self._workers),
             failures=self._failures,
             requests_by_worker=self._served,

@@ -52,6 +52,14 @@ class Figures:
     """Share of the prompt tokens that engines found in their caches."""
     joules_per_token: float
     """Joules of the whole fleet, idling included, per output token."""
+    worker_share: float = 1.0
+    """Share of the workers' time in which they were there (on, starting or leaving)."""
+    worker_hours: float = 0.0
+    """Hours that workers were there, all together."""
+    joules: float = 0.0
+    """Of the whole fleet."""
+    starts: int = 0
+    """Workers started while the fleet ran."""
 
 
 def unloaded_ttft_s(config: FleetConfig, prompt_tokens: Array) -> Array:
@@ -95,4 +103,8 @@ def figures(run: Run, config: FleetConfig, slo: Slo, rate_rps: float) -> Figures
         if not nothing
         else np.nan,
         joules_per_token=float(run.joules / run.output_tokens[done].sum()) if not nothing else np.nan,
+        worker_share=run.worker_share,
+        worker_hours=run.worker_seconds / 3600,
+        joules=run.joules,
+        starts=run.starts,
     )

@@ -2,8 +2,9 @@
 
 ΔE  = ep·u + E·(E1 + Ec·(L + E/2)) + (E0 − P_idle·W)·E/(n + 1)     n: sequences already there
 P   = P_idle while idle, else the larger of P_idle and step joules / step time
-b*  = least of 2·E0/E1, (ITL SLO − W)/H, KV tokens / mean context, max sequences
+b*  = least of 2·E0/E1, (ITL SLO − W)/(H + C·context + prefill/answer), KV tokens / context, max sequences    of means
       J/token is within 1.5 of its floor at 2·E0/E1: fuller workers save little and only add latency
+      every sequence brings a prefill with it, which interrupts all others once in as many steps as its answer has tokens
 """
 
 from __future__ import annotations
@@ -42,13 +43,19 @@ def watts(cost: CostModel, sequences: int, context_tokens: float, step_s: float)
 
 
 def pack_target(
-    cost: CostModel, *, step_s: float, step_s_per_sequence: float, itl_slo_s: float, context_tokens: float
+    cost: CostModel,
+    *,
+    step_s: float,
+    step_s_per_sequence: float,
+    itl_slo_s: float,
+    context_tokens: float,
+    prefill_s_per_output_token: float = 0.0,
 ) -> int:
     """[b*] Sequences to fill a worker with before another one is used; `context_tokens`: mean of a sequence."""
     limits = [float(cost.max_sequences), cost.kv_tokens / max(context_tokens, 1.0)]
     if cost.token_joules > 0 and cost.step_joules > 0:
         limits.append(2.0 * cost.step_joules / cost.token_joules)
-    slope = step_s_per_sequence + cost.step_s_per_context_token * context_tokens
+    slope = step_s_per_sequence + cost.step_s_per_context_token * context_tokens + prefill_s_per_output_token
     if slope > 0:
         limits.append((itl_slo_s - step_s) / slope)
     return max(int(min(limits)), 1)

@@ -134,13 +134,15 @@ class Pool:
 
     def pack_target(self) -> int:
         """[b*] Sequences to fill a worker with before another one is used."""
-        context = self.stats.mean_prompt_tokens + self.stats.outputs.mean
+        stats = self.stats
+        prefill_s = self.prefill_factor * self.cost.prefill_s(stats.mean_uncached_tokens, stats.mean_prompt_tokens)
         return pack_target(
             self.cost,
             step_s=self.step_s,
             step_s_per_sequence=self.step_s_per_sequence,
             itl_slo_s=self.itl_slo_s,
-            context_tokens=context,
+            context_tokens=stats.mean_prompt_tokens + stats.outputs.mean,
+            prefill_s_per_output_token=prefill_s / stats.outputs.mean,
         )
 
     def watts(self) -> float:
