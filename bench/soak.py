@@ -383,6 +383,7 @@ class Soak:
             "router MiB in the second quarter, the last": [
                 round(statistics.median(part), 1) for part in (second, last)
             ],
+            "router MiB, ten times": [round(size) for size in self.resident[:: max(len(self.resident) // 10, 1)]],
             "unclear": self.unclear[:10],
             "checks": checks,
         }

@@ -98,8 +98,19 @@ class AdmissionSpec(Schema):
 class ResilienceSpec(Schema):
     retries: Annotated[int, Field(ge=0, le=10)] = 2
     """Tries on other workers before the first byte of the answer."""
+    retry_budget_percent: Annotated[int, Field(ge=0, le=1000)] = 100
+    """Tries on other workers, hedges included, as a share of the requests of the last minute; 100 of them are free. Beyond it
+    failures are not retried."""
+    eject_at_failure_percent: Annotated[int, Field(ge=1, le=100)] = 50
+    """A worker that fails this share of its latest requests (ten or so) gets none for a while, unless half of its pool is
+    out already. Three failures in a row have the same effect in any case."""
+    hedge_after_milliseconds: Annotated[int, Field(ge=1, le=3_600_000, examples=[2000])] | None = None
+    """A second try on another worker where no byte has come after so long; the first to answer wins, the other is
+    cancelled. Default: none."""
     connect_timeout_milliseconds: Annotated[int, Field(ge=1, le=600_000)] = 2000
     """How long a worker may take to accept a connection."""
+    first_byte_timeout_seconds: Annotated[int, Field(ge=1, le=86400, examples=[30])] | None = None
+    """Streams: longest wait for the first byte, then another worker is tried. Default: `timeoutSeconds`, and no other try."""
     timeout_seconds: Annotated[int, Field(ge=1, le=86400)] = 600
     """Longest wait for the first byte of an answer, and between two of its bytes."""
     resume: bool = False

@@ -8,6 +8,7 @@ the router calls itself ready; on SIGTERM or SIGINT it stops to be ready, accept
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import logging
 import random
@@ -44,6 +45,9 @@ SWEEP_S = 0.25
 ADMIN_DRAIN_S = 1.0
 GC_THRESHOLDS = (50_000, 20, 100)
 """Requests leave no reference cycles behind, so collecting seldom costs no memory, and saves a few percent."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""mallopt(3)."""
+MMAP_THRESHOLD_BYTES, TRIM_THRESHOLD_BYTES = 1 << 20, 1 << 24
 
 
 class RouterApp:
@@ -255,6 +259,7 @@ def run_router(
     `source`: what is followed in its place. `tls_cert` and `tls_key`: PEM files; clients are served by TLS.
     `api_keys_file`: see auth.py. All of them are read again when they change."""
     raise_open_files()
+    give_large_memory_back()
     if source is None and config_path is not None:
         source = FileSource(config_path, adapt=adapt)
     try:
@@ -284,6 +289,17 @@ def run_router(
         log.error("cannot listen: %s", error)
         return 1
     return 0
+
+
+def give_large_memory_back() -> None:
+    """glibc learns to keep what was freed: after a few request bodies of megabytes, megabytes lie about in pieces. Fixed limits
+    end that; blocks from MMAP_THRESHOLD_BYTES on go back to the system when they are freed."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library
+        return
+    mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES)
+    mallopt(M_TRIM_THRESHOLD, TRIM_THRESHOLD_BYTES)
 
 
 def raise_open_files() -> None:

@@ -21,6 +21,7 @@ from dataclasses import replace
 from typing import Any
 
 from kvfleet_api.fleetconfig import FleetConfig
+from kvfleet_api.routingpolicy import ResilienceSpec
 from kvfleet_router.core.decisions import Decision, DecisionLog, Outcome
 from kvfleet_router.core.dryrun import DRY_RUN, told, try_dry, unrecorded
 from kvfleet_router.core.hashing import MAX_BLOCKS, block_hashes, seed_of
@@ -204,6 +205,7 @@ class Dispatcher:
         lane = self._routes.find(parsed)
         if isinstance(lane, Refusal):
             return lane
+        lane.budget.request(now)
         return self._placement.place(self._arrival(parsed, request_id, lane, now), on_assigned, now)
 
     def dry_run(self, parsed: ParsedRequest) -> dict[str, Any]:
@@ -236,7 +238,7 @@ class Dispatcher:
             for earlier in worker.earlier_presumable(ticket):
                 worker.first_token(earlier, now, presumed=True)
             worker.first_token(ticket, now, presumed=not ticket.parsed.stream)
-            self._answered(worker)
+            self._answered(worker, whole=False)
             self._placement.pump(worker, now)
 
     def finish(
@@ -257,7 +259,7 @@ class Dispatcher:
             learn(ticket, output_tokens, prompt_tokens, cached_tokens, now)
             self._answered(ticket.worker)
         else:
-            self._failed(ticket.worker, now)
+            self._failed(ticket.worker, now, ticket.policy.resilience)
         ticket.arrival.decision.outcome = Outcome(
             now, "ok" if ok else "failed", "", ticket.first_token_at, prompt_tokens, cached_tokens, output_tokens
         )
@@ -271,19 +273,26 @@ class Dispatcher:
             ticket.arrival.decision.outcome = Outcome(now, "abandoned", cause, ticket.first_token_at)
             self._placement.pump(ticket.worker, now)
 
+    def may_retry(self, ticket: Ticket) -> bool:
+        """Whether the policy's retry budget allows another try of the request."""
+        return ticket.arrival.lane.budget.allows(self._clock())
+
     def retry(self, ticket: Ticket, cause: str, on_assigned: OnAssigned) -> Ticket | Refusal | Held:
-        """The worker failed before the first byte: release the ticket, count the failure, choose another worker."""
+        """The worker failed: release the ticket, count the failure, choose another worker (for the rest, where the answer had
+        begun)."""
         if ticket.phase == CLOSED:
             return _CLOSED_REFUSAL
         now = self._clock()
         self._catch_up(now)
         arrival = ticket.arrival
         self._release(ticket, now)
-        self._failed(ticket.worker, now)
+        self._failed(ticket.worker, now, ticket.policy.resilience)
         arrival.decision.causes.append(cause)
         arrival.attempt += 1
         arrival.received_tokens = 0.0  # whether it can be fetched once more, nobody knows
         arrival.excluded = (*arrival.excluded, ticket.worker.name)
+        arrival.resumed = arrival.resumed or (ticket.parsed.stream and ticket.first_token_at is not None)
+        arrival.lane.budget.retry()
         lane = self._routes.find(arrival.parsed)
         if arrival.attempt > ticket.policy.resilience.retries:
             message = f"The request failed on {arrival.attempt} workers, at last with: {cause}"
@@ -325,6 +334,37 @@ class Dispatcher:
             return lane
         arrival.lane = lane
         return self._placement.place(arrival, on_assigned, now)
+
+    def hedge(self, ticket: Ticket) -> Ticket | None:
+        """A second try of a request that waits for its first byte, on another worker; None: there is none to be had now. One of
+        the two is given up by `outrun` as soon as the other answers."""
+        now = self._clock()
+        arrival = ticket.arrival
+        if ticket.phase == CLOSED or not arrival.lane.budget.allows(now):
+            return None
+        self._catch_up(now)
+        excluded = arrival.excluded
+        arrival.excluded = (*excluded, ticket.worker.name)
+        second = self._placement.again(arrival, now)
+        arrival.excluded = excluded
+        if second is not None:
+            arrival.lane.budget.retry()
+        return second
+
+    def outrun(self, ticket: Ticket, cause: str, *, failed: bool = False) -> None:
+        """Of two tries of a request this one is given up and the other goes on. Idempotent. `failed`: by the worker's fault."""
+        if ticket.phase == CLOSED:
+            return
+        now = self._clock()
+        decision, worker = ticket.arrival.decision, ticket.worker
+        self._release(ticket, now)
+        if failed:
+            self._failed(worker, now, ticket.policy.resilience)
+        given_up = len(decision.causes)  # tries that are given up stand before the one that counts, as their causes do
+        at = next(i for i in range(given_up, len(decision.tries)) if decision.tries[i].worker == worker.name)
+        decision.tries.insert(given_up, decision.tries.pop(at))
+        decision.causes.append(cause)
+        self._placement.pump(worker, now)
 
     def tick(self) -> float | None:
         """Queue timeouts, circuit breakers, held requests again. Returns seconds until it wants to be called again, or None."""
@@ -384,13 +424,15 @@ class Dispatcher:
         )
         worker.left(ticket, now)
 
-    def _answered(self, worker: Worker) -> None:
-        if worker.breaker.success():
+    def _answered(self, worker: Worker, *, whole: bool = True) -> None:
+        if worker.breaker.success(whole):
             self._ejected.discard(worker)
             self._fleet.version += 1
 
-    def _failed(self, worker: Worker, now: float) -> None:
-        if worker.breaker.failure(now) and not worker.removed:
+    def _failed(self, worker: Worker, now: float, resilience: ResilienceSpec) -> None:
+        out = 1 + sum(each.pool == worker.pool for each in self._ejected)
+        share = resilience.eject_at_failure_percent / 100 if 2 * out <= len(worker.pool_state.workers) else 1.0
+        if worker.breaker.failure(now, share) and not worker.removed:
             self._ejected.add(worker)
             self._fleet.version += 1
             worker.cache.clear()  # most likely restarted

@@ -24,7 +24,7 @@ def learn(
     if tokens is not None and tokens > 0 and not ticket.hands_on:
         tokens = max(tokens // parsed.sequences, 1)
         pool.stats.outputs.observe(parsed.tenant, tokens)
-        if parsed.stream:
+        if parsed.stream and not ticket.arrival.resumed:
             worker.calibrate_decode(ticket, tokens, now)
     if prompt_tokens is not None and prompt_tokens > 0:
         stats = pool.stats

@@ -78,6 +78,18 @@ class Placement:
             self.deliver()
         return result
 
+    def again(self, arrival: Arrival, now: float) -> Ticket | None:
+        """Another worker for a request that is under way already: at once, or not at all."""
+        lane = arrival.lane
+        if self.queue.waiting(lane) or lane.prefill_pools or lane.config.energy_mode == "Strict":
+            return None
+        candidates = lane.candidates(arrival, self._rng)
+        if candidates is None:
+            return None
+        choice = choose(arrival, candidates, self._fleet.index, self._fleet.table, self._rng, now)
+        predicted_s = sum(ttft_parts(arrival, choice.worker, choice.cached_tokens, now))
+        return self._assign(arrival, choice, predicted_s, now, hands_on=False)
+
     def _queue_up(self, arrival: Arrival, on_assigned: OnAssigned, now: float) -> Ticket | Refusal | Held:
         """Others of the lane wait already: behind them, then whoever can go goes."""
         held = self._hold(arrival, on_assigned, 0.0, now)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvfleet_api.fleetconfig import PolicyConfig
+from kvfleet_router.core.budget import RetryBudget
 from kvfleet_router.core.parse import ParsedRequest
 from kvfleet_router.core.pool import Fleet, Pool
 from kvfleet_router.core.ticket import Arrival, Refusal
@@ -53,6 +54,7 @@ class Lane:
         self.model = model
         self.rescan_at = 0.0
         """Held requests of the lane are not decided again before."""
+        self.budget = RetryBudget(config.resilience.retry_budget_percent / 100)
         self._fleet = fleet
         self._headers = [(match.name.lower().encode(), match.value.encode()) for match in config.headers]
         self._built: dict[tuple[str, ...], tuple[int, Candidates]] = {}

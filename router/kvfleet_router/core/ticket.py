@@ -40,6 +40,7 @@ class Arrival:
         "prompt_tokens",
         "received_tokens",
         "request_id",
+        "resumed",
         "whole",
     )
 
@@ -80,6 +81,8 @@ class Arrival:
         self.attempt = 0
         self.excluded: tuple[str, ...] = ()
         """Workers that failed this request before."""
+        self.resumed = False
+        """A worker died inside its answer, and another one gives the rest: what that one did is not the whole."""
         self.received_tokens = 0.0
         """Prompt tokens that a Prefill worker has computed for it and hands to whoever decodes."""
         self.whole = False

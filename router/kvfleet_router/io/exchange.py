@@ -29,6 +29,7 @@ from kvfleet_router.core.ticket import Held, Refusal, Ticket
 from kvfleet_router.io import resume, wire
 from kvfleet_router.io.dechunker import Dechunker
 from kvfleet_router.io.disaggregation import MAX_ANSWER_BYTES, decode_body, prefill_body, transfer_params
+from kvfleet_router.io.hedge import Hedge
 from kvfleet_router.io.multipart import form_model
 from kvfleet_router.io.usage import NO_USAGE, SEARCHED_BYTES, read_usage
 from kvfleet_router.io.verdict import ABORTED, failure
@@ -59,6 +60,7 @@ class Exchange:
         "done",
         "first_byte_at",
         "handed",
+        "hedge",
         "held",
         "parsed",
         "proxy",
@@ -88,6 +90,8 @@ class Exchange:
         """`kv_transfer_params` of the worker that computed the prompt."""
         self.replaced = False
         """A kept-alive connection was found closed and replaced."""
+        self.hedge: Hedge | None = None
+        """Set where the policy asks for a second try when the first byte is late."""
         self.resume: ResumableStream | None = None
         """Set where the policy asks that the stream goes on when its worker dies, and the request allows it."""
         self.seen_bytes = 0
@@ -140,13 +144,15 @@ class Exchange:
     def _send(self, ticket: Ticket) -> None:
         if self.ticket is None and ticket.policy.resilience.resume and self.parsed.stream and not self.request.http10:
             self.resume = resume.resumable(self.request.path, self.parsed, self.request.body)
+        if self.ticket is None and ticket.policy.resilience.hedge_after_milliseconds is not None:
+            self.hedge = Hedge(self, ticket.policy.resilience.hedge_after_milliseconds / 1000)
         self.ticket = ticket
         origin = self.proxy.upstreams.origin(ticket.worker)
         upstream = None if self.replaced else origin.take_idle()
         if upstream is None:
             self.proxy.spawn(self._connect(origin, ticket))
         else:
-            self._write(upstream, ticket)
+            self.write(upstream, ticket)
 
     async def _connect(self, origin: Origin, ticket: Ticket) -> None:
         timeout_s = ticket.policy.resilience.connect_timeout_milliseconds / 1000
@@ -158,15 +164,22 @@ class Exchange:
         except (OSError, ValueError):  # a ValueError: a host name that is none
             cause = "connect_failed"
         else:
-            if self.done:
+            if self.done or self.ticket is not ticket:
                 origin.keep(upstream)
             else:
-                self._write(upstream, ticket)
+                self.write(upstream, ticket)
             return
-        if not self.done:
-            self._try_again(cause)
+        if not self.done and self.ticket is ticket:
+            self.try_again(cause)
 
-    def _write(self, upstream: UpstreamConnection, ticket: Ticket) -> None:
+    def write(self, upstream: UpstreamConnection, ticket: Ticket) -> None:
+        self.upstream = upstream
+        self.seen_bytes = 0
+        self.seen_at = self.proxy.upstreams.now
+        upstream.send(self, ticket, *self.request_bytes(upstream, ticket))
+
+    def request_bytes(self, upstream: UpstreamConnection, ticket: Ticket) -> tuple[bytes, bytes]:
+        """Head and body for this worker."""
         request = self.request
         body = request.body if self.resume is None else self.resume.resumption.body()
         if ticket.hands_on:
@@ -185,10 +198,7 @@ class Exchange:
                 b"\r\n",
             )
         )
-        self.upstream = upstream
-        self.seen_bytes = 0
-        self.seen_at = self.proxy.upstreams.now
-        upstream.send(self, ticket, head, body)
+        return head, body
 
     # From the worker
 
@@ -199,7 +209,7 @@ class Exchange:
             if upstream.held_bytes > MAX_ANSWER_BYTES:
                 self.upstream = None
                 upstream.abort()
-                self._try_again("bad_response: too long an answer of a Prefill worker")
+                self.try_again("bad_response: too long an answer of a Prefill worker")
             return
         if upstream.held_bytes <= HOLD_BYTES:
             if upstream.status >= 500:
@@ -261,13 +271,16 @@ class Exchange:
             upstream.detach()
         else:
             upstream.abort()
-        self._try_again(cause)
+        self.try_again(cause)
         return True
 
     def _release(self, upstream: UpstreamConnection) -> None:
         """The worker answers: pass its answer on from here."""
         proxy, connection, ticket = self.proxy, self.connection, self.ticket
         assert ticket is not None
+        if self.hedge is not None:
+            self.hedge.cancel()
+            self.hedge = None
         if upstream.status < 300:
             proxy.dispatcher.first_token(ticket)
         if self.resume is not None:
@@ -343,13 +356,20 @@ class Exchange:
             self.replaced = True
             self._send(ticket)
         else:
-            self._try_again(cause)
+            self.try_again(cause)
 
     def may_try_again(self) -> bool:
         ticket = self.ticket
-        return ticket is not None and ticket.attempt < ticket.policy.resilience.retries
+        if self.hedge is not None and self.hedge.ticket is not None:
+            return True
+        if ticket is None or ticket.attempt >= ticket.policy.resilience.retries:
+            return False
+        allowed = self.proxy.dispatcher.may_retry(ticket)
+        if not allowed:
+            self.proxy.metrics.error("retry_budget")
+        return allowed
 
-    def _try_again(self, cause: str) -> None:
+    def try_again(self, cause: str) -> None:
         """Nothing has gone to the client: another worker may do."""
         ticket = self.ticket
         assert ticket is not None
@@ -357,6 +377,8 @@ class Exchange:
         self.proxy.metrics.error(cause)
         detail = f" ({detail})" if detail else ""
         log.warning("worker %s: %s%s, request %s", ticket.worker.name, cause, detail, self.request_id.decode())
+        if self.hedge is not None and self.hedge.take_over(cause):
+            return
         if self.may_try_again():
             self.proxy.metrics.retried(ticket, cause)
             self.take(self.proxy.dispatcher.retry(ticket, cause, self.assigned))
@@ -414,6 +436,9 @@ class Exchange:
 
     def _end(self, outcome: str, cause: str) -> None:
         self.done = True
+        if self.hedge is not None:
+            self.hedge.cancel()
+            self.hedge = None
         self.proxy.metrics.ended(self, outcome, cause)
 
     # The client's connection calls
@@ -447,7 +472,10 @@ class Exchange:
         if upstream.received != self.seen_bytes or self.connection.write_paused:
             self.seen_bytes = upstream.received
             self.seen_at = now
-        elif now - self.seen_at > ticket.policy.resilience.timeout_seconds:
+            return
+        resilience, waited_s = ticket.policy.resilience, now - self.seen_at
+        first_byte_s = resilience.first_byte_timeout_seconds
+        if waited_s > resilience.timeout_seconds:
             self.upstream = None
             broken_off = upstream.forward is not None
             upstream.abort()
@@ -457,3 +485,13 @@ class Exchange:
                 self.give_up(
                     ticket, "first_byte_timeout", 504, "upstream_timeout", "The worker did not answer in time."
                 )
+        elif (
+            first_byte_s is not None
+            and waited_s > first_byte_s
+            and self.parsed.stream
+            and not upstream.received
+            and self.may_try_again()
+        ):
+            self.upstream = None
+            upstream.abort()
+            self.try_again("first_byte_timeout")

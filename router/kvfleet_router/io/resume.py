@@ -30,7 +30,7 @@ _EVENT_END: Final = b"\n\n"
 class ResumableStream:
     """The answer to one client, from one worker after the other."""
 
-    __slots__ = ("_begun", "_transport", "resumption", "started")
+    __slots__ = ("_begun", "_dechunker", "_transport", "resumption", "started")
 
     def __init__(self, resumption: Resumption) -> None:
         self.resumption = resumption
@@ -39,6 +39,7 @@ class ResumableStream:
         self._begun = bytearray()
         """Of an event that has not ended yet."""
         self._transport: asyncio.WriteTransport | None = None
+        self._dechunker: Dechunker | None = None
 
     def fits(self, upstream: UpstreamConnection) -> bool:
         """Whether a worker's answer is a stream of events to go on with."""
@@ -51,14 +52,18 @@ class ResumableStream:
         if not self.started:
             self.started = True
             transport.write(head)
-        upstream.release(Dechunker(self._take).feed, b"")
+        self._let_go()
+        self._dechunker = Dechunker(self._take)
+        upstream.release(self._dechunker.feed, b"")
 
     def end(self) -> None:
         """The worker's answer is complete."""
+        self._let_go()
         self._write((_chunk(bytes(self._begun)) if self._begun else b"") + END)
 
     def close(self) -> None:
         """All is said but the end, and the worker that should say it is dead."""
+        self._let_go()
         self._write(_chunk(self.resumption.closing()) + END)
 
     def usage(self) -> Usage:
@@ -79,6 +84,11 @@ class ResumableStream:
         out = b"".join([self.resumption.take(event) for event in events])
         if out:
             self._write(_chunk(out))
+
+    def _let_go(self) -> None:
+        if self._dechunker is not None:
+            self._dechunker.close()
+            self._dechunker = None
 
     def _write(self, data: bytes) -> None:
         assert self._transport is not None

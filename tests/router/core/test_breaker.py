@@ -40,6 +40,47 @@ def test_a_failure_on_probation_opens_it_for_twice_as_long_up_to_a_limit():
     assert max(pauses) == LONGEST_PAUSE_S
 
 
+def fail_now_and_then(breaker, share, requests):
+    """Failures spread evenly; how many requests it took until the circuit opened."""
+    failures = 0.0
+    for number in range(requests):
+        failures += share
+        if failures >= 1.0:
+            failures -= 1.0
+            if breaker.failure(0.0, 0.4):
+                return number + 1
+        else:
+            breaker.success()
+    return None
+
+
+def test_a_worker_that_fails_too_large_a_share_is_ejected_though_never_twice_in_a_row():
+    assert fail_now_and_then(Breaker(), 0.5, 100) in range(8, 30)
+    assert fail_now_and_then(Breaker(), 0.3, 1000) is None
+
+
+def test_an_outlier_is_not_forgiven_by_one_success():
+    breaker = Breaker()
+    fail_now_and_then(breaker, 0.5, 100)
+    first = breaker.open_until
+    assert breaker.elapsed(first)
+    assert breaker.success(whole=False)
+    assert not breaker.success()
+    assert breaker.failure(first, 0.4)
+    assert breaker.open_until - first == 2 * FIRST_PAUSE_S
+
+
+def test_who_recovers_is_forgiven():
+    breaker = Breaker()
+    fail_now_and_then(breaker, 0.5, 100)
+    assert breaker.elapsed(breaker.open_until)
+    for _ in range(20):
+        breaker.success()
+    assert not any(breaker.failure(100.0, 0.4) for _ in range(2))
+    assert breaker.failure(100.0, 0.4)
+    assert breaker.open_until == 100.0 + FIRST_PAUSE_S
+
+
 def test_failures_of_requests_still_in_flight_do_not_prolong_the_pause():
     breaker = open_breaker()
     until = breaker.open_until

@@ -56,6 +56,8 @@ class DispatcherMachine(RuleBasedStateMachine):
     def begin(self, first):
         self.fleet = Fleet(first)
         self.live, self.held, self.over = {}, {}, Counter()
+        self.hedges = {}
+        """Second tries that race with the live ticket of the same request."""
         self.submitted = 0
         self.all_workers = {}
         self.endpoints = {"near": ["ready"] * 2, "far": ["ready"]}
@@ -95,14 +97,23 @@ class DispatcherMachine(RuleBasedStateMachine):
         return assigned
 
     def end(self, ticket, **report):
+        self.settle(ticket)
         del self.live[ticket.request_id]
         self.over[ticket.request_id] += 1
         self.fleet.dispatcher.finish(ticket, **report)
 
     def abandon(self, ticket):
+        self.settle(ticket)
         del self.live[ticket.request_id]
         self.over[ticket.request_id] += 1
         self.fleet.dispatcher.abandon(ticket, "client gone")
+
+    def settle(self, ticket):
+        """Whoever ends a request gives up the hedge first."""
+        hedge = self.hedges.pop(ticket.request_id, None)
+        if hedge is not None:
+            self.fleet.dispatcher.outrun(hedge, "outrun")
+            self.fleet.dispatcher.outrun(hedge, "again", failed=True)
 
     # -- events -----------------------------------------------------------------------------------------------------------
 
@@ -164,9 +175,34 @@ class DispatcherMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def worker_fails_before_the_first_byte(self, data):
         ticket = self.pick(data, [t for t in self.live.values() if t.first_token_at is None])
+        self.settle(ticket)
         del self.live[ticket.request_id]
         request_id = ticket.request_id
         self.take(request_id, self.fleet.dispatcher.retry(ticket, "reset", self.callback(request_id, "stays")), "stays")
+
+    @precondition(lambda self: self.live.keys() - self.hedges.keys())
+    @rule(data=st.data())
+    def a_second_try_begins(self, data):
+        ticket = self.pick(data, [t for name, t in self.live.items() if name not in self.hedges])
+        hedge = self.fleet.dispatcher.hedge(ticket)
+        if hedge is not None:
+            assert hedge.worker is not ticket.worker
+            assert hedge.id == ticket.id
+            self.hedges[ticket.request_id] = hedge
+            self.all_workers[id(hedge.worker)] = hedge.worker
+
+    @precondition(lambda self: self.hedges)
+    @rule(data=st.data(), hedge_wins=st.booleans(), failed=st.booleans())
+    def one_of_two_tries_is_outrun(self, data, hedge_wins, failed):
+        request_id = data.draw(st.sampled_from(sorted(self.hedges)))
+        first, hedge = self.live[request_id], self.hedges.pop(request_id)
+        winner, loser = (hedge, first) if hedge_wins else (first, hedge)
+        self.live[request_id] = winner
+        self.fleet.dispatcher.outrun(loser, "outrun", failed=failed)
+        decision = self.fleet.dispatcher.decisions.get(winner.id)
+        made = decision["tries"]
+        assert made[-1]["worker"] == winner.worker.name
+        assert [one["given_up"] is None for one in made] == [False] * (len(made) - 1) + [True]
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
@@ -216,7 +252,8 @@ class DispatcherMachine(RuleBasedStateMachine):
     def workers_count_exactly_what_is_live(self):
         known = {id(worker): worker for worker in self.fleet.dispatcher.workers()} | self.all_workers
         for worker in known.values():
-            tickets = [ticket for ticket in self.live.values() if ticket.worker is worker]
+            live = [*self.live.values(), *self.hedges.values()]
+            tickets = [ticket for ticket in live if ticket.worker is worker]
             by_phase = Counter()
             for ticket in tickets:
                 assert ticket.phase != CLOSED

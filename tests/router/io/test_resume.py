@@ -77,7 +77,7 @@ def assert_settled(router: RouterApp) -> None:
 async def test_wherever_the_worker_dies_the_client_gets_the_whole(bench: Bench) -> None:
     """Cut at every seventh byte: inside chunk heads, events, characters, and behind the last token."""
     dying, good = await bench.worker(), await bench.worker(streams())
-    router = await bench.router(dying, good, resume=True)
+    router = await bench.router(dying, good, resume=True, eject_at_failure_percent=100)
     whole = 0
     for until in range(0, 1400, 7):
         dying.behave = streams(until=until)
@@ -170,13 +170,14 @@ async def test_a_client_that_leaves_between_two_workers_is_cancelled(bench: Benc
     router = await bench.router(bad, good, resume=True)
     while True:
         client = await bench.client(router)
+        asked = len(good.requests)
         await client.send(post(COMPLETION, path=b"/v1/completions"))
-        await eventually(lambda: any(worker.in_flight for worker in router.dispatcher.workers()))
-        await eventually(lambda: good.requests)
+        await eventually(lambda asked=asked: len(good.requests) > asked)
         client.close()
         await eventually(lambda: good.lost == len(good.requests))
         if bad.requests:
             break
+    await eventually(lambda: not router.server.connections)
     assert_settled(router)
     assert router.dispatcher.decisions.recent(1)[0]["outcome"]["result"] == "abandoned"
 
