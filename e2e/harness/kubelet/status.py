@@ -71,7 +71,8 @@ def pod_status(pod: Object, view: PodView, now: str) -> Object:
         "observedGeneration": pod["metadata"].get("generation", 0),
     }
     if view.pod_ip:
-        status |= {"podIP": view.pod_ip, "podIPs": [{"ip": view.pod_ip}]}
+        # Merged, the list would keep the address that the pod had before its node failed.
+        status |= {"podIP": view.pod_ip, "podIPs": [{"$patch": "replace"}, {"ip": view.pod_ip}]}
     if view.refused:
         status |= {"reason": "UnsupportedByProcessKubelet", "message": view.refused}
     return status
