@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint verify generate bench bench-policies bench-failures bench-soak e2e clean
+.PHONY: help venv demo test lint verify generate bench bench-policies bench-failures bench-soak bench-autoscaling e2e clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no python >= 3.11 found; install one or run: make PYTHON=/path/to/python3.11" >&2; exit 1; }
@@ -51,6 +51,9 @@ bench-failures: venv ## how routers behave when things go wrong, as docs/resilie
 
 bench-soak: venv ## ten minutes of mixed load over dying workers; every request must be accounted for
 	$(BIN)/python bench/soak.py $(ARGS)
+
+bench-autoscaling: venv ## bursts, a day, a ramp, zero and back on a real control plane; writes docs/autoscaling-live.md (20 minutes)
+	e2e/run.sh e2e/test_autoscaling.py -k follow_the_load --curves=docs $(ARGS)
 
 e2e: venv ## end to end on a real Kubernetes API (KUBECONFIG, kind, or the built-in control plane)
 	e2e/run.sh $(ARGS)

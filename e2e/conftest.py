@@ -24,6 +24,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--keep", action="store_true", help="leave the cluster and the namespaces of failed tests for inspection"
     )
+    parser.addoption(
+        "--curves",
+        type=Path,
+        metavar="DIRECTORY",
+        help="test_replicas_follow_the_load takes 15 minutes and writes its page, its plot and the dashboards' pictures there",
+    )
 
 
 @pytest.fixture(scope="session")

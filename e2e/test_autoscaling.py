@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,9 +16,12 @@ from harness.kube import Object
 from harness.sentences import Given, Story, Then, When
 from harness.streams import streams
 from kubernetes import client, config, watch
+from support import curves
 from support.installation import OPERATOR, Installation, condition
+from support.load import arrivals, offered
 from support.manifests import MODEL, engine, policy, pool, router
 from support.prometheus import Gate, gate, prometheus
+from support.scraping import entries
 
 QUICK = "--autoscaling-seconds=1"
 WORKERS = "app.kubernetes.io/component=engine"
@@ -203,9 +207,9 @@ LIES = {
 
 
 def test_a_prometheus_that_fails_or_lies_removes_nothing_and_the_condition_says_so(
-    gated: Gate, given: Given, then: Then, story: Story
+    gated: Gate, scaling: Installation, given: Given, then: Then, story: Story
 ) -> None:
-    gated.kube = story.kube
+    gated.targets = lambda: entries(story, scaling)
     wanted = scaled(minReplicas=0, maxReplicas=3, scaleToZero={"idleSeconds": 1})
     wanted["spec"]["engine"] = engine(1.0)
     given.applied(wanted, policy(), router())
@@ -237,5 +241,67 @@ def test_a_prometheus_that_fails_or_lies_removes_nothing_and_the_condition_says_
         assert replicas(2)(story.kube.get("Deployment", DEPLOYMENT)), f"{mode}: workers were added or removed"
     gated.turn("honest")
     then.is_so("Deployment", DEPLOYMENT, "has no worker once Prometheus is honest", replicas(0), within_s=90)
-    gated.kube = None
+    gated.targets = list
     assert load.failures == []
+
+
+@pytest.fixture
+def observed(gated: Gate, scaling: Installation, story: Story) -> Iterator[curves.Prometheus]:
+    """Prometheus, scraping this test's fleet and the operator."""
+    gated.targets = lambda: entries(story, scaling)
+    yield curves.Prometheus(gated.behind)
+    gated.targets = list
+
+
+def test_replicas_follow_the_load(
+    observed: curves.Prometheus,
+    given: Given,
+    when: When,
+    then: Then,
+    story: Story,
+    tells: Callable[[str], None],
+    request: pytest.FixtureRequest,
+) -> None:
+    """With --curves DIRECTORY: more shapes of load, the same again with a fixed fleet of the peak's size, a page of both."""
+    into: Path | None = request.config.getoption("--curves")
+    shapes = curves.LONG if into else curves.SHORT
+    wanted = scaled(concurrency=3, minReplicas=0, maxReplicas=6, scaleToZero={"idleSeconds": 10})
+    wanted["spec"]["autoscaling"]["behavior"] = {"scaleDown": {"stabilizationWindowSeconds": 10}}
+    wanted["spec"]["engine"] = engine(0.25, "--max-num-seqs", "4")
+    wanted["spec"]["engine"]["env"].append({"name": "POD_NAMESPACE", "value": story.kube.namespace})
+    given.applied(wanted, policy(), router())
+    then.ready("FleetRouter", "router", within_s=90).ready("RoutingPolicy", "all", within_s=60)
+
+    def through(what: str) -> curves.Run:
+        begun = time.time()
+        with story.tells(f"when {what} is offered {', '.join(shape.name for shape in shapes)}"):
+            moments = arrivals(curves.rate_of(shapes), sum(shape.seconds for shape in shapes))
+            answers = offered(url_of(story), moments, tokens=40)
+        wrong = [answer.wrong for answer in answers if answer.wrong]
+        assert wrong == [], f"{len(wrong)} of {len(answers)}"
+        return curves.Run(begun, shapes, observed)
+
+    run = through("an autoscaled pool")
+    windows = {window.name: window for window in run.windows()}
+    total = run.total()
+    told = (f"{name} {window.peak} workers, {window.attainment} in SLO" for name, window in windows.items())
+    tells(f"{'; '.join(told)}; {total.replica_s / (total.peak * (run.ended - run.started)):.0%} of a fixed fleet")
+    assert windows["burst"].peak >= 3
+    for number, shape in enumerate(shapes[:-1]):
+        if shape.name == "idle":
+            ends = run.started + sum(shape.seconds for shape in shapes[: number + 1])
+            assert observed.value(curves.DESIRED, ends) == 0
+            assert observed.value(curves.WORKERS, ends) <= 1  # the last one may still be leaving
+    assert windows["from zero"].requests > 0
+    assert total.replica_s < 0.8 * total.peak * (run.ended - run.started)
+    if into is not None:
+        peak = max(int(value) for value in observed.series(curves.DESIRED, run.started, run.ended))
+        when.patched(
+            "ModelPool",
+            "llama",
+            {"spec": {"autoscaling": {"minReplicas": peak, "maxReplicas": peak, "scaleToZero": None}}},
+        )
+        then.is_so("Deployment", DEPLOYMENT, f"has {peak} workers", replicas(peak)).ready("Deployment", DEPLOYMENT, 120)
+        fixed = through(f"a fixed fleet of {peak}")
+        curves.write_page(run, fixed, into)
+        curves.draw_dashboards(observed, run, into)

@@ -18,13 +18,13 @@ from typing import Any, Final
 import httpx
 import pytest
 import yaml
-from harness.cluster import Cluster
-from harness.kube import Kube, Object, wait_until
+from harness.kube import wait_until
 from harness.sentences import Given, Story, Then, When
 from harness.settings import E2E_DIR
 from harness.streams import streams
-from support.installation import METRICS_PORT, Installation
+from support.installation import Installation
 from support.manifests import MODEL, engine, policy, pool, router
+from support.scraping import component, entries
 
 BOARDS = sorted((E2E_DIR.parent / "helm/kvfleet/files/dashboards").glob("*.json"))
 SCRAPE_S: Final = 1
@@ -35,27 +35,6 @@ WHOLE = 8
 """Answers asked for in one piece."""
 VARIABLES = {"namespace": ".*", "pool": ".*", "router_namespace": ".*"}
 """As Grafana fills them when All is chosen."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """A page of metrics, with the labels that the chart's monitors and the GPU operator's give it."""
-
-    pod: Object
-    port: int
-    path: str
-    labels: dict[str, str]
-
-    def entry(self, cluster: Cluster) -> dict[str, Any]:
-        if cluster.reaches_pods:
-            host, path = f"{self.pod['status']['podIP']}:{self.port}", self.path
-        else:
-            meta = self.pod["metadata"]
-            host = cluster.api_proxy().removeprefix("http://")
-            path = f"/api/v1/namespaces/{meta['namespace']}/pods/{meta['name']}:{self.port}/proxy{self.path}"
-        meta = self.pod["metadata"]
-        labels = {"namespace": meta["namespace"], "pod": meta["name"], "instance": f"{meta['name']}:{self.port}"}
-        return {"targets": [host], "labels": {"__metrics_path__": path, **labels, **self.labels}}
 
 
 @dataclass(frozen=True)
@@ -110,35 +89,6 @@ def _answers(url: str, process: subprocess.Popen[bytes]) -> bool:
         return False
 
 
-def component(kube: Kube, name: str) -> list[Object]:
-    return kube.list("Pod", f"app.kubernetes.io/component={name}")
-
-
-def targets(story: Story, kvfleet: Installation) -> list[Target]:
-    """What the chart's PodMonitors and ServiceMonitor select, and a DCGM exporter on each node.
-
-    The exporter speaks of the pods that hold its GPUs, and has a pod of its own: its labels collide, as they do in clusters.
-    """
-    found = [Target(pod, METRICS_PORT, "/metrics", {"job": "operator"}) for pod in kvfleet.pods()]
-    found += [Target(pod, port_of(pod, "admin"), "/metrics", {}) for pod in component(story.kube, "router")]
-    for number, pod in enumerate(component(story.kube, "engine")):
-        port, labels = port_of(pod, "http"), pod["metadata"]["labels"]
-        found.append(Target(pod, port, "/metrics", {"kvfleet_io_pool": labels["kvfleet.io/pool"]}))
-        exporter = {"namespace": "gpu-operator", "pod": f"dcgm-exporter-{number}", "instance": f"node-{number}:9400"}
-        found.append(Target(pod, port, "/dcgm/metrics", exporter))
-    return found
-
-
-def port_of(pod: Object, name: str) -> int:
-    (port,) = (
-        port["containerPort"]
-        for container in pod["spec"]["containers"]
-        for port in container.get("ports", [])
-        if port["name"] == name
-    )
-    return int(port)
-
-
 def queries() -> list[tuple[str, str]]:
     """(which panel, its query as Grafana sends it)"""
     return [
@@ -183,7 +133,7 @@ def test_every_panel_shows_data(
     then.ready("ModelPool", "llama", within_s=120).ready("FleetRouter", "router", within_s=120)
     then.ready("RoutingPolicy", "all", within_s=60).counts("Pod", 2, "app.kubernetes.io/component=engine")
     url = story.url("router", path="/v1/chat/completions")
-    started = prometheus([target.entry(story.cluster) for target in targets(story, kvfleet)])
+    started = prometheus(entries(story, kvfleet))
 
     asked = queries()
     assert len(asked) > 80

@@ -182,6 +182,7 @@ class ControlPlane:
             "--use-service-account-credentials=true",
             f"--node-monitor-grace-period={NODE_GRACE_S}s",
             "--node-monitor-period=1s",
+            "--horizontal-pod-autoscaler-sync-period=1s",
             "--leader-elect=false",
             "--bind-address=127.0.0.1",
             *_CLIENT_LIMITS,

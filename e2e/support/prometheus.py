@@ -1,7 +1,7 @@
 """A real Prometheus beside the built-in cluster, and a gate in front of it that can be told to fail or to lie.
 
 The gate is what the operator is given as Prometheus: it passes everything on until a test tells it otherwise. It also tells
-Prometheus which pods there are, with the labels that a PodMonitor would give them.
+Prometheus what there is to scrape.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import httpx
 import yaml
-from harness.kube import Kube, wait_until
+from harness.kube import wait_until
 from harness.network import NODE_IP
 
 SCRAPE_S: Final = 1
@@ -36,22 +36,6 @@ def configuration(targets_url: str) -> dict[str, object]:
     finding = {"url": targets_url, "refresh_interval": f"{SCRAPE_S}s"}
     pods = {"job_name": "kvfleet", "http_sd_configs": [finding]}
     return {"global": {"scrape_interval": f"{SCRAPE_S}s", "scrape_timeout": f"{SCRAPE_S}s"}, "scrape_configs": [pods]}
-
-
-def targets(kube: Kube) -> list[dict[str, object]]:
-    """Routers' admin ports and workers, labelled as a PodMonitor would."""
-    found: list[dict[str, object]] = []
-    for pod in kube.list("Pod", "app.kubernetes.io/component in (router,engine)"):
-        ports = {each["name"]: each["containerPort"] for each in pod["spec"]["containers"][0]["ports"]}
-        labels = pod["metadata"]["labels"]
-        address = pod["status"].get("podIP")
-        if address:
-            port = ports.get("admin") or ports["http"]
-            named = {"namespace": kube.namespace, "pod": pod["metadata"]["name"]}
-            if "kvfleet.io/pool" in labels:
-                named["kvfleet_io_pool"] = labels["kvfleet.io/pool"]
-            found.append({"targets": [f"{address}:{port}"], "labels": named})
-    return found
 
 
 @contextmanager
@@ -91,8 +75,8 @@ class Gate:
     """`mode`: honest, refusing, empty, nan, stale or slow."""
 
     behind: str = ""
-    kube: Kube | None = None
-    """Of the namespace whose pods are scraped."""
+    targets: Callable[[], list[dict[str, Any]]] = list
+    """What is scraped now (`scraping.entries`)."""
     mode: str = "honest"
     asked: int = 0
     """Queries that came while `mode` was what it is."""
@@ -132,7 +116,7 @@ def gate() -> Iterator[Gate]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            content = json.dumps(targets(found.kube) if found.kube else []).encode()
+            content = json.dumps(found.targets()).encode()
             self.send_response(200)
             self.send_header("content-type", "application/json")
             self.send_header("content-length", str(len(content)))
