@@ -112,11 +112,20 @@ def _outcome(decision: Mapping[str, Any]) -> Text:
         text.append(f", TTFT {_ms(outcome['ttft_s'])}")
     if outcome.get("cached_tokens") is not None:
         text.append(f", {outcome['cached_tokens']:,} of {outcome['prompt_tokens']:,} prompt tokens from the cache")
+        if tries:
+            text.append(f" ({_expected_tokens(tries[-1])})", style="dim")
     if outcome.get("output_tokens") is not None:
         text.append(f", {outcome['output_tokens']:,} tokens")
     if outcome.get("detail"):
         text.append(f" ({outcome['detail']})")
     return text
+
+
+def _expected_tokens(made: Mapping[str, Any]) -> str:
+    """What was expected of the cache, and by what: the engine's KV events, or the router's own routing."""
+    chosen = (candidate["cached_tokens"] for candidate in made["candidates"] if candidate["worker"] == made["worker"])
+    by = "by KV events" if made.get("cache_view") == "precise" else "by guess"
+    return f"expected {next(chosen, 0):,} {by}"
 
 
 def _number(value: float) -> str:

@@ -60,6 +60,18 @@ def router(
     api_keys_file: Annotated[
         Path | None, typer.Option(help="File of `NAME:SHA256` lines: clients must send one of these keys.")
     ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --workers alone: directory with the model's tokenizer.json and chat template. Cached prefixes are then known by the engines' KV events."
+        ),
+    ] = None,
+    kv_events_port: Annotated[
+        int, typer.Option(min=1, max=65535, help="With --tokenizer: where engines publish KV events.")
+    ] = 5557,
+    kv_replay_port: Annotated[
+        int, typer.Option(min=1, max=65535, help="With --tokenizer: where engines repeat KV events.")
+    ] = 5558,
     speed: Annotated[float, typer.Option(min=0.01, max=1000, help="For workers run with --speed.")] = 1.0,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
@@ -86,6 +98,13 @@ def router(
         raise UsageError("-f and --config exclude each other: the FleetConfig is compiled from the manifests")
     if not (filename or config or workers or in_cluster):
         raise UsageError("no fleet: give -f MANIFESTS, --config FILE, --kubernetes or --workers URL,URL,…")
+    if tokenizer is not None:
+        if filename or config or in_cluster:
+            raise UsageError("--tokenizer goes with --workers alone: else set spec.model.tokenizer in the ModelPool")
+        if not tokenizer.exists():
+            raise UsageError(
+                f"--tokenizer {tokenizer}: no such directory: give one that holds the model's tokenizer.json"
+            )
     source = _kubernetes_source(kubeconfig, config_map, config, strategy) if in_cluster else None
     try:
         if in_cluster:
@@ -96,7 +115,10 @@ def router(
             fleet_config = read_fleet_config(config)
         else:
             fleet_config = static_fleet(
-                [url.strip() for entry in workers or [] for url in entry.split(",") if url.strip()]
+                [url.strip() for entry in workers or [] for url in entry.split(",") if url.strip()],
+                tokenizer_path=None if tokenizer is None else str(tokenizer.resolve()),
+                kv_events_port=kv_events_port,
+                kv_replay_port=kv_replay_port,
             )
     except ValueError as error:
         raise UsageError(f"--workers {error}") from error

@@ -30,6 +30,7 @@ from kvfleet_api.routingpolicy import RoutingPolicy, RoutingPolicySpec, TokenRan
 
 GENERATED_POLICY: Final = "kvfleet.default"
 """Name of the policy for pools no policy names. With its dot it can be nobody's RoutingPolicy."""
+TOKENIZERS_PATH: Final = "/etc/kvfleet-tokenizers"
 ANY_MODEL: Final = "*"
 """As a pool's or a policy's model: whatever name the client sends."""
 
@@ -119,16 +120,22 @@ def static_fleet(
     cost: CostModel = GENERIC_COST,
     ttft_slo_s: float = 1.0,
     itl_slo_s: float = 0.05,
+    tokenizer_path: str | None = None,
+    kv_events_port: int = 5557,
+    kv_replay_port: int | None = 5558,
 ) -> FleetConfig:
-    """A fleet of the engines at `urls`, without manifests. `model` None: any name a client sends.
+    """A fleet of the engines at `urls`, without manifests. `model` None: any name a client sends. `tokenizer_path`: where the
+    model's tokenizer lies; engines then publish KV events at `kv_events_port` of their hosts.
 
     Raises ValueError where a URL is not `http://host:port`.
     """
     endpoints = [_endpoint(url) for url in dict.fromkeys(urls)]
+    if tokenizer_path is not None:
+        endpoints = [_publishing(endpoint, kv_events_port, kv_replay_port) for endpoint in endpoints]
     if not endpoints:
         raise ValueError("no worker URL: give at least one, such as http://127.0.0.1:8000")
     served = model or ANY_MODEL
-    pool = PoolConfig(name="static", model=served, cost=cost, endpoints=endpoints)
+    pool = PoolConfig(name="static", model=served, cost=cost, endpoints=endpoints, tokenizer_path=tokenizer_path)
     policy = PolicyConfig(
         name=GENERATED_POLICY,
         models=[served],
@@ -138,6 +145,13 @@ def static_fleet(
         itl_slo_s=itl_slo_s,
     )
     return FleetConfig(pools=[pool], policies=[policy])
+
+
+def _publishing(endpoint: Endpoint, events_port: int, replay_port: int | None) -> Endpoint:
+    """The worker, its KV events published at these ports of its host."""
+    host = endpoint.name.rpartition(":")[0]
+    replay = None if replay_port is None else f"tcp://{host}:{replay_port}"
+    return endpoint.model_copy(update={"kv_events_url": f"tcp://{host}:{events_port}", "kv_replay_url": replay})
 
 
 def _endpoint(url: str) -> Endpoint:
@@ -205,6 +219,7 @@ def _pool(
     spec, engine = pool.spec, pool.spec.engine
     scales_to_zero = spec.autoscaling is not None and spec.autoscaling.min_replicas == 0
     events = engine.kv_events if engine.kv_events.enabled else None
+    tokenizer = spec.model.tokenizer
     return PoolConfig(
         name=pool.metadata.name,
         namespace=_namespace(pool),
@@ -220,9 +235,24 @@ def _pool(
         port=engine.port,
         kv_events_port=events.port if events else None,
         kv_replay_port=events.replay_port if events else None,
+        data_parallel=integer_argument(engine.args, "data-parallel-size") or 1,
+        tokenizer_path=_tokenizer_path(pool) if events else None,
+        tokenizer_config_map=tokenizer.config_map_ref if tokenizer and events else None,
         scales_to_zero=scales_to_zero,
         wake_target=_workload(pool) if scales_to_zero else None,
     )
+
+
+def tokenizer_mount(pool: str) -> str:
+    """Where routers mount the ConfigMap with the tokenizer of a pool."""
+    return f"{TOKENIZERS_PATH}/{pool}"
+
+
+def _tokenizer_path(pool: ModelPool) -> str | None:
+    tokenizer = pool.spec.model.tokenizer
+    if tokenizer is None:
+        return None
+    return tokenizer.path or tokenizer_mount(pool.metadata.name)
 
 
 def _workload(pool: ModelPool) -> str:

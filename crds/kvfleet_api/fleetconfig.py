@@ -58,6 +58,12 @@ class PoolConfig(Schema):
     port: int = 8000
     kv_events_port: int | None = None
     kv_replay_port: int | None = None
+    data_parallel: int = 1
+    """Engines behind one worker's address, each with a cache of its own; their KV-event ports follow one another."""
+    tokenizer_path: str | None = None
+    """Directory, as the router sees it, with the model's tokenizer and chat template; none: cached prefixes are guessed."""
+    tokenizer_config_map: str | None = None
+    """The ConfigMap that a router in a cluster has mounted there."""
     endpoints: list[Endpoint] = []
     """Static workers, used instead of `service` when not empty."""
     scales_to_zero: bool = False

@@ -29,6 +29,22 @@ NAME_IS_FINAL: Final[dict[str, JsonValue]] = {
 """A transition rule: only the API server knows the old object, so it has no twin here."""
 
 
+class TokenizerSpec(Schema):
+    """Exactly one of the two. Files: `tokenizer.json` (or `tokenizer.json.gz`), `tokenizer_config.json`, `chat_template.jinja`."""
+
+    config_map_ref: Annotated[Name, Field(examples=["llama-8b-tokenizer"])] | None = None
+    """A ConfigMap of the pool's namespace with these files as keys; `kvfleet tokenizer DIR` writes one. Routers mount it."""
+    path: Annotated[str, Field(min_length=1, max_length=1024, examples=["/models/llama-8b"])] | None = None
+    """A directory in the router's container: of a volume in the FleetRouter's `podTemplate`, or on a laptop."""
+
+    @rule(
+        cel="has(self.configMapRef) != has(self.path)",
+        message="set exactly one of configMapRef and path: the tokenizer's files are either in a ConfigMap or in a directory",
+    )
+    def _exactly_one(self) -> bool:
+        return (self.config_map_ref is None) != (self.path is None)
+
+
 class ModelSpec(Schema):
     name: Annotated[
         ModelName, Field(examples=["llama-8b"], json_schema_extra={"x-kubernetes-validations": [NAME_IS_FINAL]})
@@ -42,6 +58,9 @@ class ModelSpec(Schema):
     """Size of the model. Used for time and energy where the AcceleratorProfile has no row for it; default: read from the name (`-8B`)."""
     max_context_tokens: Annotated[int, Field(ge=16, le=16_777_216, examples=[131072])] | None = None
     """Longest prompt plus output (vLLM: --max-model-len). Default: the model's own."""
+    tokenizer: TokenizerSpec | None = None
+    """The model's tokenizer and chat template, for the router. With them (and `engine.kvEvents`) it knows which prefixes
+    workers hold; without, it guesses from its own routing."""
 
     @property
     def source(self) -> str:

@@ -80,10 +80,13 @@ class Controller:
                 self._queue.add(key)
 
     def routers_reported(self, namespace: str) -> None:
-        """A router replica says that it serves with another configuration."""
+        """A router replica says something new."""
         for kind in ("FleetRouter", "RoutingPolicy"):
             for key in self._world.keys(kind, namespace):
                 self._queue.add(key)
+        for pool in self._world.pools():
+            if pool.spec.model.tokenizer is not None and (pool.metadata.namespace or "default") == namespace:
+                self._queue.add(Key("ModelPool", namespace, pool.metadata.name))
 
     def adapters_reported(self, pool: Key) -> None:
         """Something new is known of the adapters of one of its workers."""
@@ -139,6 +142,7 @@ class Controller:
             self._problems(pool),
             self._world.children(pool),
             self._world.worker_adapters(pool),
+            self._world.cache_views(pool),
         )
         applied, written = await self._bring_about(live, pool, modelpool.children(given))
         return await self._report(live, modelpool.status(given, applied, self._stamp())) or written

@@ -2,7 +2,8 @@
 
 A router answers `GET /loaded` at its admin port:
 
-    {"revision": "…", "policies": {"chat": {"generation": 3, "revision": "…"}, …}, "refused": null or a reason}
+    {"revision": "…", "policies": {"chat": {"generation": 3, "revision": "…"}, …}, "refused": null or a reason,
+     "pools": {"llama-8b": {"mode": "Precise" or "Approximate", "reason": "…", "message": "…"}, …}}
 
 Replicas that do not yet say what they should are asked every `EAGER_S`, the others now and then. What they say goes into
 the world; conditions follow from it. Routers need no permission to write anything for this, and serve on when nobody asks.
@@ -14,13 +15,14 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 import httpx
 from pydantic import BaseModel, Field, ValidationError
 
 from kvfleet_api.fleetrouter import FleetRouter
 from kvfleet_operator.exchange import NoAnswer, base_url, exchange
+from kvfleet_operator.reconcile.cacheview import CacheView
 from kvfleet_operator.reconcile.routingpolicy import Loaded
 from kvfleet_operator.world import World
 
@@ -37,9 +39,16 @@ class _LoadedPolicy(BaseModel):
     revision: Digest
 
 
+class _PoolView(BaseModel):
+    mode: Literal["Precise", "Approximate"]
+    reason: Annotated[str, Field(pattern=r"^[A-Za-z]{1,64}$")]
+    message: Annotated[str, Field(max_length=1000)] = ""
+
+
 class _Answer(BaseModel):
     revision: Digest
     policies: dict[str, _LoadedPolicy]
+    pools: dict[str, _PoolView] = {}
     refused: Annotated[str, Field(max_length=1000)] | None
 
 
@@ -94,6 +103,8 @@ class Reports:
         known = self._world.reports.get(replica)
         if asked is None or known is None or known.revision != wanted:
             return True
+        if any(view.reason == "Loading" for view in known.pools.values()):
+            return True
         return self._clock() - asked >= self._calm_s
 
     async def _ask(self, router: FleetRouter, pod: str, ip: str) -> None:
@@ -116,4 +127,5 @@ class Reports:
         if answer is None:
             return None
         policies = {name: policy.revision for name, policy in answer.policies.items()}
-        return Loaded(answer.revision, policies, answer.refused or "")
+        pools = {name: CacheView(view.mode, view.reason, view.message) for name, view in answer.pools.items()}
+        return Loaded(answer.revision, policies, answer.refused or "", pools)

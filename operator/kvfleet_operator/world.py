@@ -22,6 +22,7 @@ from kvfleet_api.problems import FieldProblem, explain
 from kvfleet_api.routingpolicy import RoutingPolicy
 from kvfleet_operator.reconcile import names
 from kvfleet_operator.reconcile.adapters import WorkerAdapters
+from kvfleet_operator.reconcile.cacheview import CacheView
 from kvfleet_operator.reconcile.dependents import Key, key_of
 from kvfleet_operator.reconcile.plan import Manifest, kind_name
 from kvfleet_operator.reconcile.routingpolicy import Loaded
@@ -154,6 +155,14 @@ class World:
         """Ready replica → what it reported."""
         namespace = router.metadata.namespace or "default"
         return {pod: self.reports.get((namespace, pod)) for pod in self.router_pods(router)}
+
+    def cache_views(self, pool: ModelPool) -> dict[str, CacheView | None]:
+        """Ready replica of the namespace's routers → what it knows the pool's caches by."""
+        said: dict[str, CacheView | None] = {}
+        for router in self.routers(pool.metadata.namespace or "default"):
+            for replica, loaded in self.replicas(router).items():
+                said[replica] = loaded.pools.get(pool.metadata.name) if loaded else None
+        return said
 
     def snapshot(self, kind: str) -> dict[Key, Manifest]:
         return {Key(kind, *where): manifest for where, manifest in self._objects.get(kind, {}).items()}

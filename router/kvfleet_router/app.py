@@ -16,6 +16,7 @@ import resource
 import signal
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from kvfleet_router.io.auth import ApiKeys, Authenticator, KeysRejected
 from kvfleet_router.io.config_source import ConfigRejected, ConfigSource, FileSource, StaticSource
 from kvfleet_router.io.files import WatchedFiles
 from kvfleet_router.io.gate import Gate
+from kvfleet_router.io.kvevents.follower import Follower
+from kvfleet_router.io.kvevents.metrics import event_metrics
 from kvfleet_router.io.loaded import Loaded
 from kvfleet_router.io.metrics import PREFIX, RouterMetrics
 from kvfleet_router.io.models import ModelList
@@ -83,9 +86,14 @@ class RouterApp:
         self.dispatcher = Dispatcher(
             config, clock=self.clock, rng=self._rng, policies=REGISTRY, epoch_s=time.time() - self.clock()
         )
-        self.loaded = Loaded(config)
+        self.kv_events = Follower(self.dispatcher)
+        self.loaded = Loaded(config, self._cache_views)
         self.metrics = RouterMetrics(self.dispatcher, self.loaded)
-        self.metrics.extra += (self._connection_metrics, self._source.metrics)
+        self.metrics.extra += (
+            self._connection_metrics,
+            self._source.metrics,
+            event_metrics(self.dispatcher, self.kv_events),
+        )
         self._unready = "starting"
         self._sweeper: asyncio.TimerHandle | None = None
         self._followers: list[asyncio.Task[None]] = []
@@ -114,6 +122,8 @@ class RouterApp:
         self.port = await self.server.listen(self.host, self.port, tls=tls)
         self.proxy.start()
         self._sweep()
+        self.kv_events.update()
+        self._follow(self.kv_events.run())
         self._follow(self._source.run(self))
         if self._api_keys is not None:
             self._follow(WatchedFiles(self._api_keys.path).follow(self._api_keys.reload))
@@ -132,6 +142,7 @@ class RouterApp:
         for follower in self._followers:  # only now: requests that were queued still had to find the right workers
             follower.cancel()
         await asyncio.gather(*self._followers, return_exceptions=True)
+        self.kv_events.close()
         await self.proxy.close()
         await self.admin_server.drain(ADMIN_DRAIN_S)
         if self._sweeper is not None:
@@ -167,11 +178,13 @@ class RouterApp:
             raise ConfigRejected(str(error)) from error
         self.loaded.take(config)
         self.server.limits = self.admin_server.limits = config.limits
+        self.kv_events.update()
         self._forget_origins()
         log.info("configuration %s is in use", self.loaded.revision)
 
     def take_endpoints(self, pool: str, endpoints: Sequence[WorkerEndpoint]) -> None:
         self.dispatcher.set_endpoints(pool, endpoints)
+        self.kv_events.update()
         self._forget_origins()
 
     def pools_to_wake(self) -> list[PoolConfig]:
@@ -181,6 +194,10 @@ class RouterApp:
     def reject_config(self, reason: str) -> None:
         self.loaded.refuse(reason)
         log.error("a configuration was not taken: %s", reason)
+
+    def _cache_views(self) -> dict[str, dict[str, str]]:
+        """Pool → what its workers' caches are known by."""
+        return {pool.name: asdict(self.kv_events.cache_view(pool)) for pool in self.dispatcher.pools()}
 
     def _forget_origins(self) -> None:
         self.upstreams.keep_only({worker.name for worker in self.dispatcher.workers()})

@@ -20,6 +20,41 @@ _TOOLS_TAIL = (
     '<tool_call>\n{"name": ..., "arguments": ...}\n</tool_call>'
 )
 
+CHAT_TEMPLATE = (
+    (
+        """\
+{%- set first = messages[0].role == 'system' %}
+{%- if tools or not first %}
+    {{- '<|im_start|>system\\n' + (messages[0].content if first else '"""
+        + DEFAULT_SYSTEM
+        + """') }}
+    {%- if tools %}
+        {{- head }}{% for tool in tools %}{{ '\\n' + tool | tojson }}{% endfor %}{{ tail }}
+    {%- endif %}
+    {{- '<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages[1 if first and tools else 0:] %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.role == 'tool' %}
+        {{- '<tool_response>\\n' + message.content + '\\n</tool_response>' }}
+    {%- else %}
+        {{- message.content }}
+        {%- for call in message.tool_calls or [] %}
+            {{- '\\n' if message.content or not loop.first }}
+            {{- '<tool_call>\\n' }}
+            {{- {'name': call.function.name, 'arguments': call.function.arguments} | tojson }}
+            {{- '\\n</tool_call>' }}
+        {%- endfor %}
+    {%- endif %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+    )
+    .replace("{{- head }}", "{{- " + json.dumps(_TOOLS_HEAD) + " }}")
+    .replace("{{ tail }}", "{{ " + json.dumps(_TOOLS_TAIL) + " }}")
+)
+"""The same as a chat template in Jinja, as models are published with: for whoever has to know prompts beforehand."""
+
 
 class ChatError(ValueError):
     """A chat that cannot be rendered."""

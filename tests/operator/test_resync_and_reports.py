@@ -187,6 +187,20 @@ async def test_replicas_are_asked_at_their_admin_port_and_believed(reports, worl
     assert reports.told == ["default", "default"]
 
 
+async def test_what_replicas_know_the_caches_by_is_taken_over_and_asked_again_while_they_load(reports, world, fleet):
+    known = {"mode": "Precise", "reason": "EventsFollowed", "message": "2 of 2"}
+    loading = {"mode": "Approximate", "reason": "Loading", "message": ""}
+    reports.answers |= {
+        "10.0.0.1": (200, json.dumps({"revision": fleet, "policies": {}, "refused": None, "pools": {"llama": known}})),
+        "fd00::1": (200, json.dumps({"revision": fleet, "policies": {}, "refused": None, "pools": {"llama": loading}})),
+    }
+    await reports.poll()
+    assert world.reports["default", "a"].pools["llama"].mode == "Precise"
+    reports.asked.clear()
+    await reports.poll()
+    assert reports.asked == ["http://[fd00::1]:9090/loaded"]
+
+
 async def test_only_who_is_behind_is_asked_eagerly(reports, fleet, clock):
     reports.answers |= {"10.0.0.1": says(fleet), "fd00::1": says("0ff")}
     await reports.poll()
@@ -209,6 +223,7 @@ async def test_only_who_is_behind_is_asked_eagerly(reports, fleet, clock):
         (200, says("not hex")[1]),
         (200, says("abc", {"chat": {"revision": "not hex"}})[1]),
         (200, says("abc", {"chat": 1})[1]),
+        (200, says("abc")[1].replace("}", ', "pools": {"p": {"mode": "Sure", "reason": "x"}}}')),
         (200, says("abc", refused="x" * 1001)[1]),
         (200, " " * (MAX_BYTES + 1) + says("abc")[1]),
         (200, "\xff\x00"),

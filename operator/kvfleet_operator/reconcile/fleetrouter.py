@@ -44,7 +44,7 @@ def children(given: RouterInput) -> Plan:
         routerpods.disruption_budget(router),
     ]
     try:
-        return Plan([*around, routerpods.deployment(router)])
+        return Plan([*around, routerpods.deployment(router, given.fleet.config.pools)])
     except TemplateError:
         return Plan(around, untouched=frozenset({("Deployment", names.bounded(router.metadata.name))}))
 

@@ -2,7 +2,7 @@
 
 Conditions: `Accepted` (the spec can be realised), `ResolvedRefs` (the AcceleratorProfile exists), `Available` (a worker
 is ready), `Progressing` (something is still moving), `AdaptersLoaded` (on every ready worker; where there are adapters),
-`Ready` (all of it is as wanted).
+`CacheKnown` (routers know what workers cache; where a tokenizer is named), `Ready` (all of it is as wanted).
 
 Without its AcceleratorProfile a pool is tolerated, not torn down: the profile says which resource a pod asks for, so a
 new workload waits for it, and a running one stays exactly as it is.
@@ -18,8 +18,9 @@ from kvfleet_api.acceleratorprofile import AcceleratorProfile
 from kvfleet_api.common import Condition
 from kvfleet_api.compile import Problem
 from kvfleet_api.modelpool import ModelPool
-from kvfleet_operator.reconcile import adapters, conditions, engine, lora, names, rollout, workload
+from kvfleet_operator.reconcile import adapters, cacheview, conditions, engine, lora, names, rollout, workload
 from kvfleet_operator.reconcile.adapters import WorkerAdapters
+from kvfleet_operator.reconcile.cacheview import CacheView
 from kvfleet_operator.reconcile.conditions import Finding
 from kvfleet_operator.reconcile.plan import Applied, Manifest, Plan, Rejection
 from kvfleet_operator.reconcile.podtemplate import TemplateError
@@ -37,6 +38,8 @@ class PoolInput:
     """(kind, name) → owned children as they are."""
     workers: Mapping[str, WorkerAdapters | None] = field(default_factory=dict)
     """Ready worker → what is known of its adapters; None: it was not asked yet."""
+    cache_views: Mapping[str, CacheView | None] = field(default_factory=dict)
+    """Ready router replica → what it knows the workers' caches by; None: it has not said."""
 
 
 def workload_key(pool: ModelPool) -> tuple[str, str]:
@@ -82,9 +85,10 @@ def status(given: PoolInput, applied: Applied, now: str) -> dict[str, Any]:
     if pool.spec.autoscaling is None:  # nobody speaks of it any more
         before = [condition for condition in before if condition.type != conditions.SCALING_ACTIVE]
     loaded = _adapters_loaded(given, reading, before)
+    known = _cache_known(given, before)
     rolled_out = rollout.rolled_out(reading, "worker")
     ready = _ready([accepted, resolved, rolled_out, *loaded], rolled_out.message)
-    findings = [accepted, resolved, available, rollout.progressing(reading, "worker"), *loaded, ready]
+    findings = [accepted, resolved, available, rollout.progressing(reading, "worker"), *loaded, *known, ready]
     settled = conditions.settle(before, findings, generation=pool.metadata.generation, now=now)
     reported: dict[str, Any] = {
         "observedGeneration": pool.metadata.generation,
@@ -149,6 +153,16 @@ def _adapters_loaded(given: PoolInput, reading: rollout.Rollout | None, before: 
     if not given.pool.spec.adapters and all(condition.type != adapters.TYPE for condition in before):
         return []
     return [adapters.finding(given.pool.spec, reading, given.workers)]
+
+
+def _cache_known(given: PoolInput, before: Sequence[Condition]) -> list[Finding]:
+    """Of pools that name a tokenizer, or did."""
+    if given.pool.spec.model.tokenizer is None and all(condition.type != cacheview.TYPE for condition in before):
+        return []
+    if given.pool.spec.model.tokenizer is not None and not given.pool.spec.engine.kv_events.enabled:
+        message = "spec.engine.kvEvents.enabled is false: engines do not tell what they cache"
+        return [Finding(cacheview.TYPE, "False", "EventsDisabled", message)]
+    return [cacheview.finding(given.cache_views)]
 
 
 def _ready(parts: Sequence[Finding], message: str) -> Finding:

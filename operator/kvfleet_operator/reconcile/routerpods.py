@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-from kvfleet_api.fleetconfig import FLEET_CONFIG_KEY, FleetConfig
+from kvfleet_api.fleetconfig import FLEET_CONFIG_KEY, FleetConfig, PoolConfig
 from kvfleet_api.fleetrouter import FleetRouter, FleetRouterSpec
 from kvfleet_operator.reconcile import names, podtemplate
 from kvfleet_operator.reconcile.plan import Manifest
 
 CONTAINER: Final = "router"
+Volume = tuple[str, dict[str, Any], str]
+"""(name, source, mount path)"""
 CONFIG_PATH: Final = "/etc/kvfleet"
 TLS_PATH: Final = "/etc/kvfleet-tls"
 KEYS_PATH: Final = "/etc/kvfleet-keys"
@@ -112,10 +115,10 @@ def disruption_budget(router: FleetRouter) -> Manifest:
     return _child(router, "policy/v1", "PodDisruptionBudget", {"spec": body})
 
 
-def deployment(router: FleetRouter) -> Manifest:
-    """Raises TemplateError where `podTemplate` does not fit."""
+def deployment(router: FleetRouter, pools: Sequence[PoolConfig] = ()) -> Manifest:
+    """`pools`: those it serves. Raises TemplateError where `podTemplate` does not fit."""
     own = labels(router)
-    template: dict[str, Any] = {"metadata": {"labels": own}, "spec": _pod_spec(router)}
+    template: dict[str, Any] = {"metadata": {"labels": own}, "spec": _pod_spec(router, pools)}
     if router.spec.pod_template is not None:
         template = podtemplate.merge_pod(template, router.spec.pod_template, own)
     body = {
@@ -127,7 +130,8 @@ def deployment(router: FleetRouter) -> Manifest:
     return _child(router, "apps/v1", "Deployment", {"spec": body})
 
 
-def _pod_spec(router: FleetRouter) -> dict[str, Any]:
+def _pod_spec(router: FleetRouter, pools: Sequence[PoolConfig]) -> dict[str, Any]:
+    volumes = [*_volumes(router), *_tokenizers(pools)]
     name = names.bounded(router.metadata.name)
     return {
         "serviceAccountName": name,
@@ -144,8 +148,8 @@ def _pod_spec(router: FleetRouter) -> dict[str, Any]:
             _spread(router, "kubernetes.io/hostname"),
             _spread(router, "topology.kubernetes.io/zone"),
         ],
-        "containers": [_container(router)],
-        "volumes": [{"name": name, **source} for name, source, _path in _volumes(router)],
+        "containers": [_container(router, volumes)],
+        "volumes": [{"name": name, **source} for name, source, _path in volumes],
     }
 
 
@@ -158,7 +162,7 @@ def _spread(router: FleetRouter, key: str) -> dict[str, Any]:
     }
 
 
-def _container(router: FleetRouter) -> dict[str, Any]:
+def _container(router: FleetRouter, volumes: Sequence[Volume]) -> dict[str, Any]:
     spec = router.spec
     built: dict[str, Any] = {
         "name": CONTAINER,
@@ -179,7 +183,7 @@ def _container(router: FleetRouter) -> dict[str, Any]:
             "readOnlyRootFilesystem": True,
             "capabilities": {"drop": ["ALL"]},
         },
-        "volumeMounts": [{"name": name, "mountPath": path} for name, _source, path in _volumes(router)],
+        "volumeMounts": [{"name": name, "mountPath": path} for name, _source, path in volumes],
     }
     if spec.resources is not None:
         built["resources"] = spec.resources
@@ -208,10 +212,20 @@ def _environment(router: FleetRouter) -> list[dict[str, Any]]:
     return [*downward, {"name": CONFIG_MAP_VARIABLE, "value": config}]
 
 
-def _volumes(router: FleetRouter) -> list[tuple[str, dict[str, Any], str]]:
-    """(name, source, mount path)."""
+def _tokenizers(pools: Sequence[PoolConfig]) -> list[Volume]:
+    """The tokenizers of pools that have theirs in a ConfigMap. Optional: a router serves without, and says so."""
+    found: list[Volume] = []
+    for pool in pools:
+        if pool.tokenizer_config_map and pool.tokenizer_path:
+            source = {"configMap": {"name": pool.tokenizer_config_map, "optional": True}}
+            digest = hashlib.sha256(pool.name.encode()).hexdigest()[:8]
+            found.append((f"tokenizer-{digest}", source, pool.tokenizer_path))
+    return found
+
+
+def _volumes(router: FleetRouter) -> list[Volume]:
     spec = router.spec
-    volumes: list[tuple[str, dict[str, Any], str]] = [
+    volumes: list[Volume] = [
         ("config", {"configMap": {"name": names.bounded(router.metadata.name)}}, CONFIG_PATH),
         ("tmp", {"emptyDir": {}}, "/tmp"),
     ]

@@ -16,6 +16,7 @@ from kvfleet_api.compile import Problem
 from kvfleet_api.fleetconfig import PolicyConfig
 from kvfleet_api.routingpolicy import RoutingPolicy
 from kvfleet_operator.reconcile import conditions
+from kvfleet_operator.reconcile.cacheview import CacheView
 from kvfleet_operator.reconcile.conditions import Finding
 
 MAX_REPLICAS = 256
@@ -32,6 +33,8 @@ class Loaded:
     """Policy → its own revision."""
     refused: str = ""
     """Why it does not take a newer configuration; empty: there is none that it refused."""
+    pools: Mapping[str, CacheView] = field(default_factory=dict)
+    """Pool → what its workers' caches are known by."""
 
 
 @dataclass(frozen=True, slots=True)

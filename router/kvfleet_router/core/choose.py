@@ -13,6 +13,7 @@ import numpy as np
 
 from kvfleet_router.core.columns import Table, spread
 from kvfleet_router.core.decisions import MAX_CANDIDATES
+from kvfleet_router.core.exact import look_up, overlay
 from kvfleet_router.core.index import Match, PrefixIndex
 from kvfleet_router.core.policy import Policy
 from kvfleet_router.core.routes import Candidates
@@ -39,6 +40,8 @@ def choose(
     """The worker that costs least for this request; `candidates` must not be empty."""
     policy = arrival.lane.policy
     match = index.match(arrival.blocks) if arrival.blocks else []
+    if arrival.asked:
+        look_up(arrival, now)
     if policy.columns_from is not None and len(candidates.workers) >= policy.columns_from:
         return _choose_by_columns(arrival, policy, candidates, match, table, rng, now)
     workers = policy.shortlist(candidates.workers, rng)
@@ -60,6 +63,8 @@ def _choose_one_by_one(
                     break
     if arrival.received_tokens:
         cached = [arrival.received_tokens] * len(workers)  # wherever it goes, they come along
+    elif arrival.asked:
+        overlay(arrival, workers, cached)
     scores = policy.score_all(arrival, workers, cached, now)
     costs = [sum(parts) for parts in scores]
     least = min(costs)
@@ -81,6 +86,10 @@ def _choose_by_columns(
     cached = np.minimum(depths * arrival.block_tokens, most)
     if arrival.received_tokens:
         cached = np.full(len(workers), arrival.received_tokens)
+    elif arrival.asked:
+        told = cached.tolist()
+        overlay(arrival, workers, told)
+        cached = np.array(told)
     parts = np.array(policy.score_many(arrival, table.columns(slots), cached, now))
     costs = parts.sum(axis=0)
     equals = np.flatnonzero(costs <= costs.min() + policy.tie)

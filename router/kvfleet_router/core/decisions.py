@@ -24,6 +24,10 @@ class Try(NamedTuple):
     predicted_joules: float
     phase: str = ""
     """`prefill` or `decode`, where the two are done apart."""
+    precise: bool = False
+    """The worker told by KV events what it has cached."""
+    guessed_tokens: float = 0.0
+    """Cached tokens on this worker as the router's own routing lets expect."""
 
 
 class Outcome(NamedTuple):
@@ -136,6 +140,8 @@ class DecisionLog:
             "predicted_ttft_s": made.predicted_ttft_s,
             "predicted_joules": made.predicted_joules,
             "candidate_count": made.candidate_count,
+            "cache_view": "precise" if made.precise else "approximate",
+            "guessed_cached_tokens": round(made.guessed_tokens),
             "candidates": [
                 {
                     "worker": worker,

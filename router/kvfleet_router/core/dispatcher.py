@@ -24,7 +24,9 @@ from kvfleet_api.fleetconfig import FleetConfig
 from kvfleet_api.routingpolicy import ResilienceSpec
 from kvfleet_router.core.decisions import Decision, DecisionLog, Outcome
 from kvfleet_router.core.dryrun import DRY_RUN, told, try_dry, unrecorded
+from kvfleet_router.core.exact import ask, counted_tokens, look_up
 from kvfleet_router.core.hashing import MAX_BLOCKS, block_hashes, seed_of
+from kvfleet_router.core.kvevents.view import ModelView
 from kvfleet_router.core.learning import learn
 from kvfleet_router.core.parse import ParsedRequest
 from kvfleet_router.core.placement import OnAssigned, Placement
@@ -194,6 +196,11 @@ class Dispatcher:
         """The engine holds nothing any more, or what it holds is unknown."""
         if not worker.removed:
             worker.cache.clear()
+
+    def use_view(self, pool: str, view: ModelView | None) -> None:
+        """How the caches of the pool's workers are known from now on; none: they are guessed."""
+        if pool in self._fleet.pools:
+            self._fleet.use_view(self._fleet.pools[pool], view)
 
     # -- a request's life -----------------------------------------------------------------------------------------------
 
@@ -395,13 +402,17 @@ class Dispatcher:
                 seed = seed_of(parsed.model, parsed.cache_salt, self._block_bytes)
                 parsed.block_hashes = block_hashes(parsed.prompt, seed=seed, block_bytes=self._block_bytes)
             blocks = parsed.block_hashes[:MAX_BLOCKS]
-        parsed.prompt = b""
+        told_of = (
+            self._fleet.views and policy.uses_prefix and config.prefix.enabled and config.prefix.source != "Approximate"
+        )
+        asked = ask(lane, parsed) if told_of else ()
+        parsed.prompt = parsed.body = b""
         decision = decision or self.decisions.open(request_id, now)
         decision.model, decision.policy, decision.strategy = parsed.model, config.name, config.strategy
         decision.parts, decision.prompt_tokens = policy.parts, tokens
         outputs = lane.pools[0].stats.outputs
         decision.expected_output_tokens = outputs.expect(parsed.tenant, parsed.max_output_tokens)
-        return Arrival(
+        arrival = Arrival(
             parsed,
             request_id,
             lane,
@@ -414,6 +425,11 @@ class Dispatcher:
             blocks=blocks,
             decision=decision,
         )
+        if asked:
+            arrival.asked = asked
+            look_up(arrival, now)
+            arrival.prompt_tokens = decision.prompt_tokens = counted_tokens(arrival)
+        return arrival
 
     def _release(self, ticket: Ticket, now: float) -> None:
         """Take off what `submit` added. A prompt without a first token was not computed: its blocks are not cached."""

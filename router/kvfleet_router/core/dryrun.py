@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvfleet_router.core.decisions import Decision, Try
 from kvfleet_router.core.energy import marginal_joules
+from kvfleet_router.core.exact import is_known
 from kvfleet_router.core.placement import Waits
 from kvfleet_router.core.predict import ttft_parts
 from kvfleet_router.core.ticket import Arrival, Refusal
@@ -41,7 +42,8 @@ def try_dry(placement: Placement, arrival: Arrival, now: float) -> Verdict:
     joules = marginal_joules(arrival, choice.worker, arrival.prompt_tokens - choice.cached_tokens)
     ttft = backlog + own + step + kv_wait
     phase = "prefill" if hands_on else ""
-    made = Try(now, choice.worker.name, choice.scored, choice.candidate_count, ttft, joules, phase)
+    precise = is_known(arrival, choice.worker)
+    made = Try(now, choice.worker.name, choice.scored, choice.candidate_count, ttft, joules, phase, precise)
     arrival.decision.tries.append(made)
     waiting = placement.queue.waiting(arrival.lane)
     if waiting:

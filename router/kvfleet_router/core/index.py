@@ -165,6 +165,20 @@ class WorkerCache:
         """Room for new blocks before old ones go. What one eviction frees at once is slack of the index, not of the engine."""
         return max(self._capacity - self._capacity // EVICTION_PART - self._size, 0)
 
+    def pinned_depth(self, blocks: Sequence[int]) -> int:
+        """How many leading blocks of a prompt some prompt in flight pins. Chained: a pinned block has all before it pinned."""
+        pins = self._pins
+        if not blocks or blocks[0] not in pins:
+            return 0
+        low, high = 1, len(blocks)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if blocks[middle - 1] in pins:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
     def resize(self, blocks: int) -> None:
         self._capacity = max(blocks, MIN_CAPACITY_BLOCKS)
         self._evict(self._size - self._capacity)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kvfleet_router.core.calibration import FADE
+from kvfleet_router.core.exact import learn_exact
 from kvfleet_router.core.ticket import Ticket
 
 CONTRADICTIONS_TO_FORGET = 3
@@ -35,7 +36,10 @@ def learn(
             pool.stats.ratio.observe(parsed.prompt_bytes, prompt_tokens)
             pool.fit_blocks_if_moved()
     expected = 0.0 if ticket.arrival.received_tokens else ticket.cached_tokens  # what came along says nothing of caches
-    if cached_tokens is not None and expected >= CONTRADICTION_TOKENS:
+    if ticket.precise:
+        if cached_tokens is not None:
+            learn_exact(ticket, cached_tokens)
+    elif cached_tokens is not None and expected >= CONTRADICTION_TOKENS:
         wrong = cached_tokens < 0.1 * expected
         worker.contradictions = worker.contradictions + 1 if wrong else 0
         if worker.contradictions >= CONTRADICTIONS_TO_FORGET:

@@ -75,6 +75,7 @@ class ParsedRequest:
 
     __slots__ = (
         "block_hashes",
+        "body",
         "cache_salt",
         "headers",
         "include_usage",
@@ -124,6 +125,8 @@ class ParsedRequest:
         """Exact, where the request carries token ids (or a simulator knows)."""
         self.block_hashes = block_hashes
         """Chained hashes of the whole blocks (`prefix.blockBytes` each) of the prompt, if known already."""
+        self.body = b""
+        """The whole body; dropped by the dispatcher once the prompt was read from it."""
         self.max_output_tokens = max_output_tokens
         self.sequences = sequences
         """Sequences the engine decodes for this request (`n` x prompts)."""
@@ -184,6 +187,7 @@ def read_request(
     if path.rpartition("/")[2] in WITHOUT_OUTPUT:
         request.max_output_tokens = 0
     request.headers = headers
+    request.body = body
     request.tenant = _header(headers, b"x-tenant-id")
     request.session_id = _header(headers, b"x-session-id") or None
     return request

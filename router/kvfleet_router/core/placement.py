@@ -20,6 +20,7 @@ from kvfleet_router.core.choose import Choice, choose
 from kvfleet_router.core.decisions import Outcome, Try
 from kvfleet_router.core.disaggregation import divisible
 from kvfleet_router.core.energy import marginal_joules, watts
+from kvfleet_router.core.exact import note
 from kvfleet_router.core.holdqueue import HoldQueue
 from kvfleet_router.core.parse import ParsedRequest
 from kvfleet_router.core.pool import Fleet
@@ -258,6 +259,8 @@ class Placement:
             loose_tokens=max(prompt - len(pinned) * arrival.block_tokens, 0.0),
             hands_on=hands_on,
         )
+        if arrival.asked and not arrival.received_tokens:
+            note(ticket, arrival)
         worker.sent(ticket, now)
         self._assigned += 1
         if not parsed.stream:
@@ -265,7 +268,17 @@ class Placement:
         self._interval_s += 0.05 * (now - self._assigned_at - self._interval_s)
         self._assigned_at = now
         phase = "prefill" if hands_on else "decode" if arrival.received_tokens else ""
-        made = Try(now, worker.name, choice.scored, choice.candidate_count, predicted_ttft_s, joules, phase)
+        made = Try(
+            now,
+            worker.name,
+            choice.scored,
+            choice.candidate_count,
+            predicted_ttft_s,
+            joules,
+            phase,
+            ticket.precise,
+            min(choice.cached_blocks * arrival.block_tokens, prompt),
+        )
         arrival.decision.tries.append(made)
         return ticket
 

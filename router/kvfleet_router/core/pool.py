@@ -14,6 +14,7 @@ from kvfleet_router.core.calibration import PUBLISH_CHANGE, Calibration, OutputL
 from kvfleet_router.core.columns import Table
 from kvfleet_router.core.energy import pack_target, watts
 from kvfleet_router.core.index import PrefixIndex
+from kvfleet_router.core.kvevents.view import ModelView
 from kvfleet_router.core.predict import backlog_s
 from kvfleet_router.core.worker import Worker, WorkerEndpoint
 
@@ -41,6 +42,8 @@ class Pool:
     ) -> None:
         self.name = config.name
         self.workers: dict[str, Worker] = {}
+        self.view: ModelView | None = None
+        """What its workers hold by their own word; none: it is guessed."""
         self._index = index
         self.load = 0.0
         """Mean of its workers: 0 idle, 1 at the edge of the ITL SLO."""
@@ -177,6 +180,16 @@ class Fleet:
         self.version = 0
         self.stats: dict[str, ModelStats] = {}
         self._loads_due = 0.0
+        self.views = 0
+        """Pools whose workers tell what they hold."""
+
+    def use_view(self, pool: Pool, view: ModelView | None) -> None:
+        """How the pool's workers' caches are known from now on."""
+        if view is not pool.view:
+            for worker in pool.workers.values():
+                worker.hold(None)
+            pool.view = view
+            self.views = sum(pool.view is not None for pool in self.pools.values())
 
     def configure(
         self, configs: Iterable[PoolConfig], block_bytes: int, itl_slos: dict[str, float], now: float
@@ -185,6 +198,7 @@ class Fleet:
         wanted = {config.name: config for config in configs}
         for name in [name for name in self.pools if name not in wanted]:
             self.set_endpoints(name, [], now)
+            self.use_view(self.pools[name], None)
             del self.pools[name]
         for name, config in wanted.items():
             stats = self.stats.setdefault(config.model, ModelStats())
@@ -220,6 +234,7 @@ class Fleet:
                 worker.endpoint = endpoint
                 continue
             worker.removed = True
+            worker.hold(None)  # before its bit is another's
             self.index.remove_worker(worker.cache)
             removed.append(pool.workers.pop(worker.name))
         turns = min((worker.sent_requests for worker in pool.workers.values()), default=0)

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from kvfleet_api.fleetconfig import PolicyConfig
     from kvfleet_router.core.calibration import OutputLengths
     from kvfleet_router.core.decisions import Decision
+    from kvfleet_router.core.exact import Asked
+    from kvfleet_router.core.kvevents.view import Expected
     from kvfleet_router.core.parse import ParsedRequest
     from kvfleet_router.core.routes import Lane
     from kvfleet_router.core.worker import Worker
@@ -26,12 +28,15 @@ class Arrival:
 
     __slots__ = (
         "arrived_at",
+        "asked",
         "attempt",
         "block_tokens",
         "blocks",
         "deadline",
         "decision",
         "excluded",
+        "expected",
+        "expected_at",
         "expected_output_tokens",
         "lane",
         "load",
@@ -85,6 +90,11 @@ class Arrival:
         """A worker died inside its answer, and another one gives the rest: what that one did is not the whole."""
         self.received_tokens = 0.0
         """Prompt tokens that a Prefill worker has computed for it and hands to whoever decodes."""
+        self.asked: tuple[Asked, ...] = ()
+        """The prompt as the views of workers' caches know it (exact.py); empty: cached tokens are guesses."""
+        self.expected: list[Expected] = []
+        """What each of them expects, as of `expected_at`."""
+        self.expected_at = -1.0
         self.whole = False
         """Not to be divided between a Prefill and a Decode worker (any more)."""
 
@@ -105,6 +115,7 @@ class Arrival:
         )
         other.load, other.attempt, other.excluded = self.load, self.attempt, self.excluded
         other.received_tokens, other.whole = self.received_tokens, self.whole
+        other.asked, other.expected, other.expected_at = self.asked, self.expected, self.expected_at
         return other
 
 
@@ -115,10 +126,12 @@ class Ticket:
         "arrival",
         "attempt",
         "cached_tokens",
+        "certain_tokens",
         "chunks",
         "context_token_seconds_at_start",
         "decoding_since",
         "first_token_at",
+        "generated_tokens",
         "hands_on",
         "id",
         "joules",
@@ -129,6 +142,7 @@ class Ticket:
         "pin_epoch",
         "pinned",
         "policy",
+        "precise",
         "predicted_ttft_s",
         "prefill_s",
         "prefill_seconds_at_start",
@@ -189,6 +203,12 @@ class Ticket:
         self.pin_epoch = pin_epoch
         self.new_from_block = new_from_block
         """Blocks from this one on were in nobody's prompt on the worker before."""
+        self.precise = False
+        """The worker itself told what it has cached; else `cached_tokens` is a guess."""
+        self.certain_tokens = 0.0
+        """Of the cached tokens, those before the first one that was generated."""
+        self.generated_tokens = 0.0
+        """Those behind: the engine may spell them otherwise."""
         self.loose_tokens = loose_tokens
         """Prompt tokens outside the pinned blocks."""
         self.hands_on = hands_on

@@ -23,6 +23,7 @@ from kvfleet_router.core.ticket import CLOSED, DECODING, PENDING, Ticket
 
 if TYPE_CHECKING:
     from kvfleet_router.core.index import WorkerCache
+    from kvfleet_router.core.kvevents.view import WorkerView
     from kvfleet_router.core.pool import Pool
 
 PREFILL_SHARE_WINDOW_S = 20.0
@@ -110,6 +111,7 @@ class Worker:
         "fixed_step_joules",
         "head_prefill_s",
         "head_since",
+        "held",
         "host",
         "in_flight",
         "inflation",
@@ -160,6 +162,8 @@ class Worker:
         self.start_learning()
         self.breaker = Breaker()
         self.removed = False
+        self.held: WorkerView | None = None
+        """What it holds by its own word; none: it is guessed."""
         self.contradictions = 0
         """Reports in a row that an expected prefix was not cached."""
 
@@ -191,6 +195,12 @@ class Worker:
         self._boundary_exact = True
         self._at = now
         self.adopt_costs()
+
+    def hold(self, held: WorkerView | None) -> None:
+        """Its cache is known this way from now on."""
+        if self.held is not None:
+            self.held.forget()
+        self.held = held
 
     # -- health ---------------------------------------------------------------------------------------------------------
 

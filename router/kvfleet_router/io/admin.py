@@ -11,7 +11,8 @@ Nothing here changes anything: all is GET but for the dry run, whose request is 
                         /v1/chat/completions
 /workers                every worker and its state
 /config                 revision and content of the configuration being served
-/loaded                 its revision, every policy's, and why a newer one is refused: what the operator asks for
+/loaded                 its revision, every policy's, why a newer one is refused, and what each pool's cached prefixes are known
+                        by: what the operator asks for
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import orjson
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
-from kvfleet_router.core.dispatcher import Dispatcher
+from kvfleet_router.core.dispatcher import Dispatcher, Worker
 from kvfleet_router.core.parse import RequestError, read_request
 from kvfleet_router.io import wire
 from kvfleet_router.io.connection import ClientConnection
@@ -131,6 +132,7 @@ class Admin:
                 "url": worker.url,
                 "state": worker.state,
                 "in_flight": worker.in_flight,
+                "kv_events": _told(worker),
             }
             for worker in self._dispatcher.workers()
         ]
@@ -142,6 +144,19 @@ class Admin:
 
     def _tell_loaded(self, request: Request, connection: ClientConnection) -> None:
         connection.reply(200, self._loaded.to_json())
+
+
+def _told(worker: Worker) -> dict[str, Any] | None:
+    """What the worker told of its cache; none: its KV events are not followed."""
+    held = worker.held
+    if held is None:
+        return None
+    return {
+        "states": [engine.stream.state for engine in held.engines],
+        "next_sequences": [engine.stream.next for engine in held.engines],
+        "blocks": sum(len(engine.cache) for engine in held.engines),
+        "complete": held.complete,
+    }
 
 
 def _json(value: Any) -> bytes:

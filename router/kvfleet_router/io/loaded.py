@@ -1,11 +1,12 @@
 """Which configuration is being served, and what is wrong with a newer one: told at the admin port, and from there to the
 operator, which reports in each object's status what routers really do.
 
-Computed once for each change: probes and scrapes only read it.
+Computed once for each change, but for what pools' cached prefixes are known by: probes and scrapes only read it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import orjson
@@ -16,7 +17,9 @@ MAX_REFUSED_CHARS = 1000
 
 
 class Loaded:
-    def __init__(self, config: FleetConfig) -> None:
+    def __init__(self, config: FleetConfig, cache_views: Callable[[], dict[str, dict[str, str]]] = dict) -> None:
+        """`cache_views`: what each pool's cached prefixes are known by."""
+        self._cache_views = cache_views
         self.errors = 0
         """Configurations that could not be taken, ever."""
         self.take(config)
@@ -44,5 +47,6 @@ class Loaded:
             "revision": self.revision,
             "policies": self._policies,
             "refused": self.refused or None,
+            "pools": self._cache_views(),
         }
         return orjson.dumps(document)

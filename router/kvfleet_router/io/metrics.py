@@ -56,6 +56,7 @@ TTFT_BUCKETS_S = (
 ITL_BUCKETS_S = (0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
 E2E_BUCKETS_S = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
 DECISION_BUCKETS_S = (5e-6, 1e-5, 2e-5, 4e-5, 8e-5, 1.6e-4, 3.2e-4, 6.4e-4, 1.28e-3, 5e-3, 2e-2, 1e-1)
+CACHED_BUCKETS_TOKENS = (0, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 65536)
 ERROR_BUCKETS_S = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 
 
@@ -127,6 +128,8 @@ class RouterMetrics(Collector):
         """By (pool, result)."""
         self.errors: dict[str, int] = {}
         """By cause."""
+        self.cached_difference: dict[tuple[str, str, str], Histogram] = {}
+        """By (pool, what the prediction came from, whether it was above or below what the engine reported)."""
         self.extra: list[Callable[[], Iterable[Metric]]] = []
         """Further families, asked at each scrape."""
 
@@ -141,8 +144,10 @@ class RouterMetrics(Collector):
         series.prompt_tokens += ticket.prompt_tokens if prompt_tokens is None else prompt_tokens
         if not ticket.arrival.received_tokens:  # else the tokens came along
             series.cached_predicted += ticket.cached_tokens
-        if usage.cached:
+        if usage.cached is not None:
             series.cached_reported += usage.cached
+            if not ticket.arrival.received_tokens:
+                self._compare_cached(ticket, usage.cached)
         tokens = usage.output
         if tokens is None:
             tokens = max(ticket.chunks - STREAM_OVERHEAD_CHUNKS, 0)
@@ -154,6 +159,18 @@ class RouterMetrics(Collector):
             steps = tokens // ticket.parsed.sequences - 1
             if steps > 0:
                 series.itl.observe((now - first_byte_at) / steps)
+
+    def _compare_cached(self, ticket: Ticket, reported: int) -> None:
+        difference = ticket.cached_tokens - reported
+        key = (
+            ticket.worker.pool,
+            "precise" if ticket.precise else "approximate",
+            "above" if difference > 0 else "below",
+        )
+        histogram = self.cached_difference.get(key)
+        if histogram is None:
+            histogram = self.cached_difference[key] = Histogram(CACHED_BUCKETS_TOKENS)
+        histogram.observe(abs(difference))
 
     def ended(self, exchange: Exchange, outcome: str, cause: str) -> None:
         """A request got no whole answer from a worker: refused, failed, or its client went away."""
@@ -230,6 +247,14 @@ class RouterMetrics(Collector):
                 total = _sum(parts)
                 family.add_metric(key[-len(labels) :], total.cumulative(), total.total)
             yield family
+        difference = HistogramMetricFamily(
+            PREFIX + "cached_tokens_difference",
+            "Distance of predicted from reported cached tokens, where engines report them.",
+            labels=("pool", "view", "prediction"),
+        )
+        for by, histogram in self.cached_difference.items():
+            difference.add_metric(by, histogram.cumulative(), histogram.total)
+        yield difference
         decision = HistogramMetricFamily(
             PREFIX + "decision_seconds", "CPU time to parse a request and choose its worker."
         )

@@ -16,7 +16,7 @@ FIRST = list(range(2000, 2100))
 
 
 def cached(view: ModelView, prompt: Prompt, ranks: int = 1) -> float:
-    found = view.expected(prompt, BLOCK_TOKENS, ranks).tokens
+    found = view.expected(prompt, ranks).tokens
     return sum(tokens for mask, tokens in found if mask & 1)
 
 

@@ -48,7 +48,10 @@ async def test_what_is_loaded_is_told_with_every_policy_and_why_a_newer_one_is_n
     router = await bench.router(await bench.worker())
 
     async def loaded() -> Any:
-        return (await bench.ask(router, get("/loaded"), admin=True)).json()
+        told = (await bench.ask(router, get("/loaded"), admin=True)).json()
+        (view,) = told.pop("pools").values()
+        assert (view["mode"], view["reason"]) == ("Approximate", "NoTokenizer")
+        return told
 
     first = router.dispatcher.config
     policy = first.policies[0]
@@ -102,6 +105,7 @@ async def test_workers_and_configuration_are_shown(bench: Bench) -> None:
         "url": worker.url,
         "state": "ready",
         "in_flight": 0,
+        "kv_events": None,
     }
     config = (await bench.ask(router, get("/config"), admin=True)).json()
     assert config["revision"] == router.dispatcher.config.revision
@@ -133,6 +137,8 @@ async def test_the_exposition_is_valid_and_names_are_the_documented_ones(bench: 
         "e2e_seconds": "histogram",
         "prompt_tokens": "counter",
         "cached_tokens": "counter",
+        "cached_tokens_difference": "histogram",
+        "cache_view": "gauge",
         "output_tokens": "counter",
         "retries": "counter",
         "errors": "counter",
