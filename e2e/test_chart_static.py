@@ -167,8 +167,7 @@ def test_any_release_and_namespace_gives_consistent_objects(template: Render, re
     for kind, place, name in keys:
         cluster_scoped = kind.startswith("Cluster") or kind == CRD
         assert bool(place) is not cluster_scoped, (kind, name)
-        no_label = cluster_scoped or "Role" in kind or kind == "ConfigMap"  # nothing makes a label of their names
-        assert len(name) <= (253 if no_label else 63), (kind, name)
+        assert len(name) <= (253 if cluster_scoped or "Role" in kind else 63), (kind, name)
     for who, target in references(objects):
         assert target in keys, who
     pod_labels = one(objects, "Deployment")["spec"]["template"]["metadata"]["labels"]
