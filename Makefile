@@ -42,7 +42,7 @@ generate: venv ## write the generated files
 bench: venv ## what a request, a chunk and a decision cost
 	$(BIN)/python bench/dataplane.py $(ARGS)
 
-bench-policies: venv ## every policy on every trace in DATA, as docs/simulate.md shows (long)
+bench-policies: venv ## every policy on every trace in DATA, written to docs/policy-benchmark.md (hours; can be interrupted)
 	@test -n "$(DATA)" || { echo "error: say where the traces are: make bench-policies DATA=DIR" >&2; exit 2; }
 	$(BIN)/python bench/policies.py $(DATA) $(ARGS)
 

@@ -332,7 +332,7 @@ def simulate(
             policies=policies,
             loads=loads or [],
             seeds=seeds,
-            capacity=capacity,
+            capacity=policies if capacity else [],
             jobs=jobs,
             console=Console(stderr=True),
         )

@@ -150,11 +150,11 @@ def run_experiment(
     policies: Sequence[str],
     loads: Sequence[float],
     seeds: int,
-    capacity: bool,
+    capacity: Sequence[str],
     jobs: int,
     console: Console,
 ) -> Report:
-    """Find the saturation rate, then run every policy at every load and, if asked, search its capacity."""
+    """Find the saturation rate, then run every policy at every load, and search the SLO capacity of those in `capacity`."""
     requests = len(experiment.load.requests(1.0, 0))
     with _terminable(), _progress(console) as progress:
         bar = progress.add_task("saturation rate", total=None)
@@ -169,9 +169,7 @@ def run_experiment(
             for seed in range(seeds)
         ]
         results = list(_run_all(experiment, tasks, jobs, progress, "requests simulated", requests))
-        searches = [
-            Task(policy, seed, first_rps=saturation) for policy in policies for seed in range(seeds if capacity else 0)
-        ]
+        searches = [Task(policy, seed, first_rps=saturation) for policy in capacity for seed in range(seeds)]
         capacities = list(_run_all(experiment, searches, jobs, progress, "capacities found", 1))
     return Report(saturation, results, capacities)
 
