@@ -94,6 +94,8 @@ class RouterApp:
             self._source.metrics,
             event_metrics(self.dispatcher, self.kv_events),
         )
+        if api_keys is not None:
+            self.metrics.extra.append(api_keys.metrics)
         self._unready = "starting"
         self._sweeper: asyncio.TimerHandle | None = None
         self._followers: list[asyncio.Task[None]] = []

@@ -59,6 +59,7 @@ class Decision:
         "request_id",
         "sequence",
         "strategy",
+        "tenant",
         "tries",
     )
 
@@ -67,7 +68,7 @@ class Decision:
         self.sequence = sequence
         self.request_id = request_id
         self.at = at
-        self.model = self.policy = self.strategy = ""
+        self.model = self.policy = self.strategy = self.tenant = ""
         self.parts: tuple[str, ...] = ()
         self.prompt_tokens = self.expected_output_tokens = 0.0
         self.tries: list[Try] = []
@@ -123,6 +124,7 @@ class DecisionLog:
             "model": decision.model,
             "policy": decision.policy,
             "strategy": decision.strategy,
+            "tenant": decision.tenant,
             "prompt_tokens": round(decision.prompt_tokens),
             "expected_output_tokens": round(decision.expected_output_tokens),
             "held_s": None if first is None else first - decision.at,

@@ -409,6 +409,7 @@ class Dispatcher:
         parsed.prompt = parsed.body = b""
         decision = decision or self.decisions.open(request_id, now)
         decision.model, decision.policy, decision.strategy = parsed.model, config.name, config.strategy
+        decision.tenant = parsed.tenant
         decision.parts, decision.prompt_tokens = policy.parts, tokens
         outputs = lane.pools[0].stats.outputs
         decision.expected_output_tokens = outputs.expect(parsed.tenant, parsed.max_output_tokens)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from math import ceil
 from typing import NamedTuple
 
@@ -33,6 +33,7 @@ OnAssigned = Callable[[Ticket | Refusal], None]
 
 TRIES_PER_PUMP = 8
 """Held requests of a lane decided again at one event: bounds the work."""
+LEAST_PRESUMABLE = 32
 RESCAN_S = 0.002
 """Pause after deciding in vain: where each of them waits for a busy worker, not every event changes that."""
 RETRY_AFTER_BOUNDS_S = (1, 60)
@@ -59,6 +60,7 @@ class Placement:
         self._outbox: deque[tuple[Held, Ticket | Refusal]] = deque()
         self._delivering = False
         self._presumable: list[tuple[float, int, Ticket]] = []
+        self._presumable_limit = LEAST_PRESUMABLE
         self._assigned = 0
         self._assigned_at = 0.0
         self._interval_s = 0.1
@@ -169,6 +171,14 @@ class Placement:
             if ticket.phase == PENDING:
                 ticket.worker.first_token(ticket, now, presumed=True)
 
+    def _presume_at(self, at: float, ticket: Ticket) -> None:
+        """Those that ended before are thrown out now and then: each holds its prompt's blocks."""
+        heappush(self._presumable, (at, self._assigned, ticket))
+        if len(self._presumable) >= self._presumable_limit:
+            self._presumable = [entry for entry in self._presumable if entry[2].phase == PENDING]
+            heapify(self._presumable)
+            self._presumable_limit = max(2 * len(self._presumable), LEAST_PRESUMABLE)
+
     def next_presumed(self) -> float | None:
         return self._presumable[0][0] if self._presumable else None
 
@@ -264,7 +274,7 @@ class Placement:
         worker.sent(ticket, now)
         self._assigned += 1
         if not parsed.stream:
-            heappush(self._presumable, (now + predicted_ttft_s, self._assigned, ticket))
+            self._presume_at(now + predicted_ttft_s, ticket)
         self._interval_s += 0.05 * (now - self._assigned_at - self._interval_s)
         self._assigned_at = now
         phase = "prefill" if hands_on else "decode" if arrival.received_tokens else ""

@@ -152,6 +152,9 @@ class RouterMetrics(Collector):
         if tokens is None:
             tokens = max(ticket.chunks - STREAM_OVERHEAD_CHUNKS, 0)
         series.output_tokens += tokens
+        charge = exchange.request.charge
+        if charge is not None:
+            charge.settle(ticket.prompt_tokens if prompt_tokens is None else prompt_tokens, tokens)
         if ticket.parsed.stream and outcome == "ok":
             first_byte_at = exchange.first_byte_at
             series.ttft.observe(first_byte_at - exchange.started_at)
@@ -178,6 +181,10 @@ class RouterMetrics(Collector):
         series.outcomes[outcome] = series.outcomes.get(outcome, 0) + 1
         if outcome == "refused":
             self.error(cause)
+        charge, ticket = exchange.request.charge, exchange.ticket
+        if charge is not None:
+            began = ticket is not None and ticket.first_token_at is not None
+            charge.settle(ticket.prompt_tokens if ticket and began else 0.0, ticket.chunks if ticket and began else 0.0)
 
     def retried(self, ticket: Ticket, cause: str) -> None:
         key = (ticket.worker.pool, cause)

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 import httptools
 
+from kvfleet_router.core.ratelimit import Charge
 from kvfleet_router.io import wire
 
 
@@ -36,6 +37,7 @@ class Request:
     __slots__ = (
         "body",
         "body_complete",
+        "charge",
         "chunk_bytes",
         "chunks",
         "expects_continue",
@@ -66,6 +68,8 @@ class Request:
         self.own: list[tuple[bytes, bytes]] = []
         """The headers that are not."""
         self.body = b""
+        self.charge: Charge | None = None
+        """What its API key was charged with, where keys have limits."""
         self.http10 = False
         self.keep_alive = True
         self.expects_continue = False
