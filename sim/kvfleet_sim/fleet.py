@@ -18,11 +18,10 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from heapq import heapify, heappop, heappush
-from operator import add
 from statistics import fmean
 from typing import Final
 
@@ -32,7 +31,7 @@ import numpy.typing as npt
 from kvfleet_api.fleetconfig import FleetConfig, PoolConfig
 from kvfleet_router.core.dispatcher import HELD_TICK_S, Dispatcher, Held, Refusal, Ticket, WorkerEndpoint
 from kvfleet_router.core.parse import ParsedRequest
-from kvfleet_router.core.worker import Load
+from kvfleet_router.core.sharing import Sharing
 from kvfleet_router.policies import REGISTRY
 from kvfleet_sim.elastic import Elastic
 from kvfleet_sim.engine import Engine
@@ -61,7 +60,7 @@ class Options:
     replicas: int = 1
     """Routers in front of the workers; each knows what it sent itself."""
     share_s: float | None = None
-    """How often routers tell each other what they have in flight; none: never."""
+    """How often routers tell each other what changed at them; none: never."""
     kv_events: bool | None = None
     """Whether engines tell the routers what they cache; none: as the configuration says."""
     calibration_error: float = 1.0
@@ -171,6 +170,11 @@ class _Simulation:
             for replica in range(options.replicas)
         ]
         self._shifts = Shifts(self._workers, self._routers)
+        self._sharing = [
+            Sharing(router, clock=lambda: self._now_s, identity=number)
+            for number, router in enumerate(self._routers, 1)
+            if options.share_s is not None and options.replicas > 1
+        ]
         self._ticking = [False] * options.replicas
         draw = random.Random(f"{seed}/clients")
         self._router_of = [draw.randrange(options.replicas) for _ in load]
@@ -180,7 +184,7 @@ class _Simulation:
             (request.start_s, ARRIVAL, number) for number, request in enumerate(load) if request.start_s is not None
         ]
         self._share_s = options.share_s
-        if options.share_s is not None and options.replicas > 1:
+        if self._sharing:
             self._events.append((0.0, SHARE, 0))
         if elastic is not None:
             self._events.append((elastic.controller.period_s, SCALE, 0))
@@ -293,10 +297,13 @@ class _Simulation:
             heappush(self._events, (self._now_s + max(wanted_s, 0.001), TICK, router))
 
     def _share(self) -> None:
-        """Every router learns what all others have in flight now."""
-        told = [router.loads() for router in self._routers]
-        for number, router in enumerate(self._routers):
-            router.told(_summed(loads for other, loads in enumerate(told) if other != number))
+        """Every router tells all others what changed at it, in the messages it would send."""
+        told = [message for sharing in self._sharing for message in sharing.flush()]
+        if told:
+            for sharing in self._sharing:
+                for message in told:
+                    sharing.hear(message)
+                sharing.apply()
         assert self._share_s is not None
         heappush(self._events, (self._now_s + self._share_s, SHARE, 0))
 
@@ -419,13 +426,3 @@ class _Simulation:
             heappush(self._events, (self._now_s + self._load[following].think_s, ARRIVAL, following))
         if self._on_progress is not None and self._ended % PROGRESS_EVERY == 0:
             self._on_progress(PROGRESS_EVERY)
-
-
-def _summed(loads: Iterable[Mapping[str, Load]]) -> dict[str, Load]:
-    """What several routers have in flight, by worker."""
-    total: dict[str, Load] = {}
-    for by_worker in loads:
-        for name, load in by_worker.items():
-            before = total.get(name)
-            total[name] = load if before is None else Load(*map(add, astuple(before), astuple(load)))
-    return total

@@ -65,6 +65,8 @@ class Table:
     def __init__(self) -> None:
         self.stale: set[Worker] = set()
         """Workers whose figures changed since their row was written."""
+        self.untold: set[Worker] = set()
+        """Workers where this router's own load changed since it told other replicas."""
         self._rows: Array = np.zeros((len(FIELDS) + 2 * YOUNG, 64))
 
     def columns(self, slots: npt.NDArray[np.intp]) -> Columns:

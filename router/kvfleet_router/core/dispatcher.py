@@ -29,12 +29,12 @@ from kvfleet_router.core.hashing import MAX_BLOCKS, block_hashes, seed_of
 from kvfleet_router.core.kvevents.view import ModelView
 from kvfleet_router.core.learning import learn
 from kvfleet_router.core.parse import ParsedRequest
-from kvfleet_router.core.placement import OnAssigned, Placement
+from kvfleet_router.core.placement import OnAssigned, Placed, Placement
 from kvfleet_router.core.policy import Policy
 from kvfleet_router.core.pool import Fleet, Pool
 from kvfleet_router.core.routes import Lane, Routes
 from kvfleet_router.core.ticket import CLOSED, PENDING, Arrival, Held, Refusal, Ticket
-from kvfleet_router.core.worker import IDLE, Load, Worker, WorkerEndpoint
+from kvfleet_router.core.worker import Load, Worker, WorkerEndpoint
 
 __all__ = ["ConfigError", "Dispatcher", "Held", "Load", "Refusal", "Ticket", "Worker", "WorkerEndpoint"]
 
@@ -172,13 +172,36 @@ class Dispatcher:
         """What this router has in flight, by worker: to be told to the other replicas."""
         return {worker.name: replace(worker.own) for worker in self._fleet.workers() if worker.own.in_flight}
 
+    def changed_loads(self) -> dict[str, Load]:
+        """Of these, those of the workers where something happened since this was last asked."""
+        untold = self._fleet.table.untold
+        loads = {worker.name: replace(worker.own) for worker in untold}
+        untold.clear()
+        return loads
+
     def told(self, elsewhere: Mapping[str, Load]) -> None:
-        """What all other replicas together have in flight, by worker; workers not named have nothing."""
-        for worker in self._fleet.workers():
-            load = elsewhere.get(worker.name, IDLE)
-            if load is not IDLE or worker.elsewhere is not IDLE:
+        """What all other replicas together have in flight on these workers. Unknown ones are nobody's."""
+        workers = self._fleet.by_name()
+        for name, load in elsewhere.items():
+            if (worker := workers.get(name)) is not None:
                 worker.told(load)
         self._placement.pump(None, self._clock())
+
+    def share(self) -> list[Placed]:
+        """From now on, keep account of what other replicas want to know: new blocks on workers are appended here. Whoever
+        asks takes them out."""
+        placed: list[Placed] = []
+        self._placement.placed = placed
+        self._fleet.table.untold.clear()
+        return placed
+
+    @property
+    def fleet_version(self) -> int:
+        """Another number after every change of who the workers are."""
+        return self._fleet.version
+
+    def worker(self, name: str) -> Worker | None:
+        return self._fleet.by_name().get(name)
 
     # -- the engine's own word on its cache -----------------------------------------------------------------------------
 

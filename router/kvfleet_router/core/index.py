@@ -156,6 +156,17 @@ class WorkerCache:
     def __contains__(self, block: int) -> bool:
         return self._runs.of_block.get(block, -1) in self._used_at
 
+    def youngest(self, count: int) -> list[tuple[int, ...]]:
+        """Some of its blocks, in the runs they came in: those used last, as far as they are `count` at most; oldest first."""
+        found: list[tuple[int, ...]] = []
+        for run in reversed(self._used_at):
+            blocks = self._runs.blocks[run]
+            count -= len(blocks)
+            if count < 0:
+                break
+            found.append(blocks)
+        return found[::-1]
+
     @property
     def capacity_blocks(self) -> int:
         return self._capacity

@@ -31,6 +31,9 @@ from kvfleet_router.core.worker import Worker
 
 OnAssigned = Callable[[Ticket | Refusal], None]
 
+Placed = tuple[Worker, list[int], int]
+"""(worker, a prompt's blocks, the first of them that is new to the worker)"""
+
 TRIES_PER_PUMP = 8
 """Held requests of a lane decided again at one event: bounds the work."""
 LEAST_PRESUMABLE = 32
@@ -55,6 +58,8 @@ class Placement:
 
     def __init__(self, fleet: Fleet, rng: random.Random) -> None:
         self.queue = HoldQueue()
+        self.placed: list[Placed] | None = None
+        """Prompts that brought a worker new blocks, for the other replicas of the router; none: there are none."""
         self._fleet = fleet
         self._rng = rng
         self._outbox: deque[tuple[Held, Ticket | Refusal]] = deque()
@@ -272,6 +277,8 @@ class Placement:
         if arrival.asked and not arrival.received_tokens:
             note(ticket, arrival)
         worker.sent(ticket, now)
+        if self.placed is not None and choice.cached_blocks < len(pinned):
+            self.placed.append((worker, pinned, choice.cached_blocks))
         self._assigned += 1
         if not parsed.stream:
             self._presume_at(now + predicted_ttft_s, ticket)

@@ -182,6 +182,8 @@ class Fleet:
         self._loads_due = 0.0
         self.views = 0
         """Pools whose workers tell what they hold."""
+        self._by_name: dict[str, Worker] = {}
+        self._by_name_version = 0
 
     def use_view(self, pool: Pool, view: ModelView | None) -> None:
         """How the pool's workers' caches are known from now on."""
@@ -233,15 +235,15 @@ class Fleet:
             if endpoint is not None and endpoint.url == worker.url:
                 worker.endpoint = endpoint
                 continue
-            worker.removed = True
             worker.hold(None)  # before its bit is another's
+            worker.remove()
             self.index.remove_worker(worker.cache)
             removed.append(pool.workers.pop(worker.name))
         turns = min((worker.sent_requests for worker in pool.workers.values()), default=0)
         for name, endpoint in listed.items():
             if name not in pool.workers:
                 cache = self.index.add_worker(pool.capacity_blocks)
-                worker = Worker(endpoint, pool, cache, self.table.stale, now)
+                worker = Worker(endpoint, pool, cache, self.table, now)
                 worker.sent_requests = turns
                 pool.workers[name] = worker
         self.version += 1
@@ -249,6 +251,13 @@ class Fleet:
 
     def workers(self) -> list[Worker]:
         return [worker for pool in self.pools.values() for worker in pool.workers.values()]
+
+    def by_name(self) -> dict[str, Worker]:
+        """The workers now known, by name."""
+        if self._by_name_version != self.version:
+            self._by_name_version = self.version
+            self._by_name = {worker.name: worker for worker in self.workers()}
+        return self._by_name
 
     def refresh_loads(self, now: float) -> None:
         """Bring the pools' loads up to date, a few times a second."""

@@ -22,6 +22,7 @@ from kvfleet_router.core.columns import YOUNG
 from kvfleet_router.core.ticket import CLOSED, DECODING, PENDING, Ticket
 
 if TYPE_CHECKING:
+    from kvfleet_router.core.columns import Table
     from kvfleet_router.core.index import WorkerCache
     from kvfleet_router.core.kvevents.view import WorkerView
     from kvfleet_router.core.pool import Pool
@@ -97,6 +98,7 @@ class Worker:
         "_pending",
         "_stale",
         "_tokens_per_sequence",
+        "_untold",
         "backlog_s",
         "breaker",
         "cache",
@@ -148,9 +150,7 @@ class Worker:
         "url",
     )
 
-    def __init__(
-        self, endpoint: WorkerEndpoint, pool: Pool, cache: WorkerCache, stale: set[Worker], now: float
-    ) -> None:
+    def __init__(self, endpoint: WorkerEndpoint, pool: Pool, cache: WorkerCache, table: Table, now: float) -> None:
         self.endpoint = endpoint
         self.name = endpoint.name
         self.url = endpoint.url
@@ -158,7 +158,8 @@ class Worker:
         self.pool = pool.name
         self.pool_state = pool
         self.cache = cache
-        self._stale = stale
+        self._stale = table.stale
+        self._untold = table.untold
         self.start_learning()
         self.breaker = Breaker()
         self.removed = False
@@ -233,6 +234,7 @@ class Worker:
         self._loose_tokens += ticket.loose_tokens
         own.in_flight += 1
         self.sent_requests += 1
+        self._untold.add(self)
         self._refresh()
 
     def first_token(self, ticket: Ticket, now: float, *, presumed: bool) -> None:
@@ -260,6 +262,7 @@ class Worker:
         self.own.decoding += sequences
         self._decode_prompt_tokens += ticket.prompt_tokens
         self._generated_offset += sequences * self._tokens_per_sequence
+        self._untold.add(self)
         self._refresh()
 
     def told(self, elsewhere: Load) -> None:
@@ -289,7 +292,15 @@ class Worker:
             self._loose_tokens = self._tokens_per_sequence = 0.0
         if not own.decoding:
             self._decode_prompt_tokens = self._generated_offset = 0.0
+        self._untold.add(self)
         self._refresh()
+
+    def remove(self) -> None:
+        """It is out of the fleet. What it still answers goes on being counted, for nobody."""
+        self.removed = True
+        for seen in (self._stale, self._untold):
+            seen.discard(self)
+        self._stale, self._untold = set(), set()
 
     def earlier_presumable(self, ticket: Ticket) -> list[Ticket]:
         """Answers that do not stream and were sent before `ticket`: engines prefill in order, so theirs are done too."""

@@ -49,8 +49,8 @@ def config(*policies, pools=None, workers=2, **fields):
 def request(tokens=1000, *, model="m", prefix=0, tail=None, stream=True, **fields):
     """A request of `tokens`; equal (prefix, tail) are equal prompts, equal prefix an equal first half."""
     blocks = tokens * 4 // 256
-    hashes = [hash((prefix, n)) for n in range(blocks // 2)] + [
-        hash((prefix, tail, n)) for n in range(blocks // 2, blocks)
+    hashes = [hash((prefix, n)) % 2**64 for n in range(blocks // 2)] + [
+        hash((prefix, tail, n)) % 2**64 for n in range(blocks // 2, blocks)
     ]
     return ParsedRequest(
         "chat", model, stream=stream, prompt_bytes=tokens * 4, prompt_tokens=tokens, block_hashes=hashes, **fields

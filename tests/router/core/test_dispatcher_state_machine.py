@@ -229,7 +229,10 @@ class DispatcherMachine(RuleBasedStateMachine):
     @rule(number=st.integers(0, 1), in_flight=st.integers(0, 3))
     def another_replica_tells(self, number, in_flight):
         load = Load(in_flight, in_flight, 0, 0.05 * in_flight, 1000.0 * in_flight, 0.0, 1000.0 * in_flight)
-        self.fleet.dispatcher.told({f"near-{number}": load} if in_flight else {})
+        self.fleet.dispatcher.told({f"near-{number}": load})
+
+    def others_have_nothing(self):
+        self.fleet.dispatcher.told({worker.name: Load() for worker in self.fleet.dispatcher.workers()})
 
     @rule(new=CONFIGS)
     def configuration_changes(self, new):
@@ -284,7 +287,7 @@ class DispatcherMachine(RuleBasedStateMachine):
     def teardown(self):
         if not hasattr(self, "fleet"):
             return
-        self.fleet.dispatcher.told({})
+        self.others_have_nothing()
         while self.live or self.held:
             for ticket in list(self.live.values()):
                 if ticket.request_id in self.live:
@@ -293,7 +296,7 @@ class DispatcherMachine(RuleBasedStateMachine):
             self.fleet.dispatcher.tick()
         self.every_request_is_in_one_place()
         self.workers_count_exactly_what_is_live()
-        self.fleet.dispatcher.told({})
+        self.others_have_nothing()
         self.fleet.assert_idle()
 
 
