@@ -24,6 +24,7 @@ demo: venv ## a fleet of simulated workers, a real trace, kvfleet beside round r
 	$(BIN)/kvfleet demo $(ARGS)
 
 test: venv lint verify ## what CI runs: lint, types, import contracts, generated files, tests
+	tests/setup.sh
 	$(BIN)/pytest -n 2 $(ARGS)
 
 lint: venv ## ruff, mypy --strict, import-linter

@@ -72,6 +72,20 @@ def router(
     kv_replay_port: Annotated[
         int, typer.Option(min=1, max=65535, help="With --tokenizer: where engines repeat KV events.")
     ] = 5558,
+    processes: Annotated[
+        int, typer.Option(min=1, max=64, help="Processes that serve the port together, each on a core of its own.")
+    ] = 1,
+    redis_url: Annotated[
+        str | None,
+        typer.Option(
+            envvar="KVFLEET_REDIS_URL",
+            help="Redis server (redis://, rediss://, unix://) over which replicas of the router tell each other their loads.",
+        ),
+    ] = None,
+    redis_password_file: Annotated[Path | None, typer.Option(help="File with the Redis server's password.")] = None,
+    redis_ca_file: Annotated[
+        Path | None, typer.Option(help="Certificates to trust at the Redis server, with rediss://.")
+    ] = None,
     speed: Annotated[float, typer.Option(min=0.01, max=1000, help="For workers run with --speed.")] = 1.0,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
@@ -88,6 +102,7 @@ def router(
     from kvfleet_api.compile import static_fleet
     from kvfleet_api.fleetconfig import FleetConfig
     from kvfleet_router.app import run_router
+    from kvfleet_router.io.sharing.redis_bus import Redis
 
     logging.basicConfig(level=checked_log_level(log_level), format=LOG_FORMAT)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for every request
@@ -125,6 +140,10 @@ def router(
     if strategy is not None:
         fleet_config = fleet.with_strategy(fleet_config, strategy)
     check_strategies([policy.strategy for policy in fleet_config.policies])
+    if redis_url is None and (redis_password_file or redis_ca_file):
+        raise UsageError("--redis-password-file and --redis-ca-file go with a server: give --redis-url, too")
+    channel = f"kvfleet:{config_map or f'{fleet_config.namespace}/{fleet_config.name}'}"
+    redis = None if redis_url is None else Redis(redis_url, channel, redis_password_file, redis_ca_file)
     code = run_router(
         fleet_config,
         host=host,
@@ -138,6 +157,8 @@ def router(
         tls_cert=tls_cert,
         tls_key=tls_key,
         api_keys_file=api_keys_file,
+        processes=processes,
+        redis=redis,
     )
     raise typer.Exit(code)
 

@@ -106,7 +106,7 @@ def compile_fleet(
         pools=sorted(compiled_pools, key=lambda pool: pool.name),
         policies=compiled_policies,
         limits=spec.limits,
-        redis_url=spec.redis.url if spec.redis else None,
+        routers=max(spec.replicas * spec.processes, 1),
         drain_s=float(spec.drain_seconds),
     )
     return CompiledFleet(config, problems)

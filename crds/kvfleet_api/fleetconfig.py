@@ -113,7 +113,8 @@ class FleetConfig(Schema):
     pools: list[PoolConfig]
     policies: list[PolicyConfig]
     limits: LimitsSpec = Field(default_factory=LimitsSpec)
-    redis_url: str | None = None
+    routers: int = 1
+    """Router processes of the fleet, this one included: what a router knows it does not know while it hears from fewer."""
     drain_s: float = 120.0
 
     def to_json(self) -> str:

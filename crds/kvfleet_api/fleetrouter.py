@@ -41,9 +41,19 @@ class TLSSpec(Schema):
 class RedisSpec(Schema):
     url: Annotated[
         str,
-        Field(min_length=1, max_length=1024, pattern=r"^(redis|rediss|unix)://.+$", examples=["redis://redis:6379/0"]),
+        Field(
+            min_length=1,
+            max_length=1024,
+            pattern=r"^(redis|rediss|unix)://([^:/@]+@)?[^@]+$",
+            examples=["redis://redis:6379/0", "rediss://router@redis:6380"],
+        ),
     ]
-    """Shared state between router replicas: loads within 10 ms, learned prefixes within 100 ms."""
+    """A Redis server over which the replicas tell each other their loads, within 10 ms, and what prefixes workers have cached,
+    within 100 ms. `rediss` is TLS. A user may be in it; the password goes into a Secret."""
+    password_secret_ref: SecretKeyRef | None = None
+    """Secret whose key holds the server's password. None: it asks for none."""
+    ca_secret_ref: SecretKeyRef | None = None
+    """Secret whose key holds the certificates (PEM) to trust, with `rediss`. None: the system's."""
 
 
 class LimitsSpec(Schema):
@@ -59,7 +69,7 @@ class FleetRouterSpec(Schema):
     replicas: Annotated[int, Field(ge=0, le=1000, examples=[2])] = 2
     """Router pods."""
     processes: Annotated[int, Field(ge=1, le=64)] = 1
-    """Router processes per pod, sharing one port."""
+    """Router processes per pod, each on a core of its own: they share one port, their loads and their prefixes."""
     image: Annotated[str, Field(min_length=1, max_length=512)] = DEFAULT_ROUTER_IMAGE
     """Container image of the router."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8080

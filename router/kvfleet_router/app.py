@@ -14,6 +14,7 @@ import logging
 import random
 import resource
 import signal
+import socket
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import asdict
@@ -36,8 +37,11 @@ from kvfleet_router.io.kvevents.metrics import event_metrics
 from kvfleet_router.io.loaded import Loaded
 from kvfleet_router.io.metrics import PREFIX, RouterMetrics
 from kvfleet_router.io.models import ModelList
+from kvfleet_router.io.processes.run import Place, run_processes
 from kvfleet_router.io.proxy import Proxy
 from kvfleet_router.io.server import Server
+from kvfleet_router.io.sharing.redis_bus import BadRedis, Redis
+from kvfleet_router.io.sharing.sharer import Bus, Sharer
 from kvfleet_router.io.tls import Certificate, CertificateRejected
 from kvfleet_router.io.upstream import Upstreams
 from kvfleet_router.policies import REGISTRY
@@ -69,9 +73,14 @@ class RouterApp:
         certificate: Certificate | None = None,
         api_keys: ApiKeys | None = None,
         rng: random.Random | None = None,
+        bus: Bus | None = None,
+        listeners: Sequence[socket.socket] = (),
+        admin_path: Path | None = None,
     ) -> None:
         """`speed`: seconds the dispatcher's clock moves in one second, for workers simulated in compressed time.
-        `certificate`: serve clients by TLS. `api_keys`: ask clients for a key.
+        `certificate`: serve clients by TLS. `api_keys`: ask clients for a key. `bus`: over it other replicas are told and
+        heard. `listeners`: bound sockets to serve clients on, instead of `host` and `port`; `admin_path`: a Unix socket
+        instead of the admin port.
 
         Raises ConfigError where the configuration cannot be served."""
         self.host, self.port = host, port
@@ -79,6 +88,7 @@ class RouterApp:
         self._source = source or StaticSource()
         self._certificate = certificate
         self._api_keys = api_keys
+        self._listeners, self._admin_path = listeners, admin_path
         self._speed = speed
         self._rng = rng or random.Random()
         monotonic = time.monotonic
@@ -96,6 +106,10 @@ class RouterApp:
         )
         if api_keys is not None:
             self.metrics.extra.append(api_keys.metrics)
+        identity = self._rng.getrandbits(61) + 1
+        self.sharer = None if bus is None else Sharer(self.dispatcher, bus, identity=identity)
+        if self.sharer is not None:
+            self.metrics.extra.append(self.sharer.metrics)
         self._unready = "starting"
         self._sweeper: asyncio.TimerHandle | None = None
         self._followers: list[asyncio.Task[None]] = []
@@ -119,10 +133,10 @@ class RouterApp:
         handler = self.proxy if self._api_keys is None else Authenticator(self.proxy, self._api_keys)
         self.server = Server(Gate(handler, lambda: self._source.unready), limits)
         self.admin_server = Server(Admin(self.dispatcher, self.loaded, self._registry(), lambda: self.unready), limits)
-        self.admin_port = await self.admin_server.listen(self.admin_host, self.admin_port)
-        tls = None if self._certificate is None else self._certificate.context
-        self.port = await self.server.listen(self.host, self.port, tls=tls)
+        await self._listen()
         self.proxy.start()
+        if self.sharer is not None:
+            self.sharer.start()
         self._sweep()
         self.kv_events.update()
         self._follow(self.kv_events.run())
@@ -132,7 +146,20 @@ class RouterApp:
         if self._certificate is not None:
             self._follow(WatchedFiles(*self._certificate.paths).follow(self._certificate.reload))
         self._unready = ""
-        log.info("serving on %s:%d, admin on %s:%d", self.host, self.port, self.admin_host, self.admin_port)
+        admin = self._admin_path or f"{self.admin_host}:{self.admin_port}"
+        log.info("serving on %s:%d, admin on %s", self.host, self.port, admin)
+
+    async def _listen(self) -> None:
+        if self._admin_path is not None:
+            await self.admin_server.listen_at(self._admin_path)
+        else:
+            self.admin_port = await self.admin_server.listen(self.admin_host, self.admin_port)
+        tls = None if self._certificate is None else self._certificate.context
+        if self._listeners:
+            await self.server.listen_on(self._listeners, tls=tls)
+            self.port = int(self._listeners[0].getsockname()[1])
+        else:
+            self.port = await self.server.listen(self.host, self.port, tls=tls)
 
     async def stop(self, drain_s: float | None = None) -> None:
         """Leave: answers under way may end within `drain_s` (default: the configuration's)."""
@@ -144,6 +171,8 @@ class RouterApp:
         for follower in self._followers:  # only now: requests that were queued still had to find the right workers
             follower.cancel()
         await asyncio.gather(*self._followers, return_exceptions=True)
+        if self.sharer is not None:
+            await self.sharer.close()
         self.kv_events.close()
         await self.proxy.close()
         await self.admin_server.drain(ADMIN_DRAIN_S)
@@ -271,20 +300,26 @@ def run_router(
     tls_cert: Path | None = None,
     tls_key: Path | None = None,
     api_keys_file: Path | None = None,
+    processes: int = 1,
+    redis: Redis | None = None,
 ) -> int:
     """The router as a process; returns its exit code: 1 where it cannot listen, 2 where what it was given cannot be used.
 
     `config_path`: the file `config` came from, followed from now on; `adapt` is applied to what is read from it again.
     `source`: what is followed in its place. `tls_cert` and `tls_key`: PEM files; clients are served by TLS.
-    `api_keys_file`: see auth.py. All of them are read again when they change."""
+    `api_keys_file`: see auth.py. All of them are read again when they change. `processes`: so many of them serve the port
+    together (processes.py). `redis`: where routers of other pods are told and heard."""
     raise_open_files()
     give_large_memory_back()
     if source is None and config_path is not None:
         source = FileSource(config_path, adapt=adapt)
-    try:
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+    def build(place: Place | None) -> RouterApp:
         if (tls_cert is None) != (tls_key is None):
             raise CertificateRejected("a certificate and a key go together: give both or neither")
-        app = RouterApp(
+        bus: Bus | None = redis.bus() if redis is not None else None
+        return RouterApp(
             config,
             host=host,
             port=port,
@@ -294,20 +329,39 @@ def run_router(
             source=source,
             certificate=Certificate(tls_cert, tls_key) if tls_cert is not None and tls_key is not None else None,
             api_keys=ApiKeys(api_keys_file) if api_keys_file is not None else None,
+            bus=bus if place is None else place.bus(),
+            listeners=() if place is None else place.listeners,
+            admin_path=None if place is None else place.admin_path,
         )
-    except (ConfigError, CertificateRejected, KeysRejected) as error:
+
+    def run(place: Place | None) -> None:
+        app = build(place)
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(*GC_THRESHOLDS)
+        uvloop.run(serve(app))
+
+    try:
+        if processes == 1:
+            run(None)
+            return 0
+        build(None)  # what is wrong with it is said once, and before there are any processes
+        gc.collect()
+        gc.freeze()  # what is there by now stays as it is: the processes share its memory
+        return run_processes(
+            run,
+            processes,
+            address=(host, port),
+            admin_address=(admin_host, admin_port),
+            redis=redis,
+            limits=config.limits,
+        )
+    except (ConfigError, CertificateRejected, KeysRejected, BadRedis) as error:
         log.error("the router cannot be started: %s", error)
         return 2
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*GC_THRESHOLDS)
-    try:
-        uvloop.run(serve(app))
     except OSError as error:
         log.error("cannot listen: %s", error)
         return 1
-    return 0
 
 
 def give_large_memory_back() -> None:

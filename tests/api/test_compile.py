@@ -139,16 +139,12 @@ def test_a_policy_in_full() -> None:
 
 
 def test_router_settings() -> None:
-    spec = {"limits": {"maxBodyBytes": 2048}, "redis": {"url": "redis://r"}, "drainSeconds": 7}
+    spec = {"limits": {"maxBodyBytes": 2048}, "replicas": 3, "processes": 2, "drainSeconds": 7}
     router = FleetRouter.model_validate({"metadata": {"name": "edge"}, "spec": spec})
     config = compiled(router, pool()).config
-    assert (config.name, config.limits.max_body_bytes, config.redis_url, config.drain_s) == (
-        "edge",
-        2048,
-        "redis://r",
-        7.0,
-    )
-    assert compiled(pool()).config.name == "local"
+    assert (config.name, config.limits.max_body_bytes, config.routers, config.drain_s) == ("edge", 2048, 6, 7.0)
+    alone = compiled(pool()).config
+    assert (alone.name, alone.routers) == ("local", 2)
 
 
 def test_only_objects_of_the_namespace_count() -> None:

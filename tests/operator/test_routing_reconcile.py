@@ -232,7 +232,7 @@ def test_a_valid_label_value_stays_as_it_is():
     assert label_value("llama-3.1_8B") == "llama-3.1_8B"
 
 
-# What the router cannot do
+# How routers are started
 
 
 def router_flags():
@@ -249,7 +249,11 @@ EVERYTHING = {
     "processes": 4,
     "auth": {"apiKeysSecretRef": {"name": "keys", "key": "keys.txt"}},
     "tls": {"secretRef": "tls"},
-    "redis": {"url": "redis://redis:6379/0"},
+    "redis": {
+        "url": "rediss://redis:6379/0",
+        "passwordSecretRef": {"name": "redis", "key": "password"},
+        "caSecretRef": {"name": "ca", "key": "ca.crt"},
+    },
 }
 
 
@@ -257,25 +261,21 @@ def test_routers_are_started_with_flags_they_know(make):
     command, *args = router_args(make, **EVERYTHING)
     assert command == "router"
     flags = {arg for arg in args if arg.startswith("--")}
-    assert {"--tls-cert", "--tls-key", "--api-keys-file"} <= flags <= router_flags()
+    wanted = {"--tls-cert", "--tls-key", "--api-keys-file", "--processes", "--redis-url", "--redis-password-file"}
+    assert wanted | {"--redis-ca-file"} <= flags <= router_flags()
 
 
-def test_what_the_router_cannot_do_is_refused_by_field_and_it_serves_without(make):
-    router = make.parse(make.router(processes=4))
-    live = {
-        "kind": "Deployment", "metadata": {"name": "router", "generation": 1}, "spec": {"replicas": 2},
-        "status": {"observedGeneration": 1, "replicas": 2, "updatedReplicas": 2, "readyReplicas": 2},
-    }  # fmt: skip
-    given = fleetrouter.RouterInput(router, fleet_of(make, router=router), {})
-    status = fleetrouter.status(given, Applied([], {("Deployment", "router"): live}), NOW)
-    found = {c["type"]: c for c in status["conditions"]}
-    assert (found["Accepted"]["status"], found["Accepted"]["reason"]) == ("False", "NotSupported")
-    assert "spec.processes" in found["Accepted"]["message"]
-    assert found["Ready"]["reason"] == "NotSupported"
-    assert found["Available"]["status"] == "True"
-    assert router_args(make, processes=4) == router_args(make)
+def test_a_redis_password_is_read_from_its_secret(make):
+    pod = routerpods.deployment(make.parse(make.router(**EVERYTHING)))["spec"]["template"]["spec"]
+    args = router_args(make, **EVERYTHING)
+    mounts = {mount["name"]: mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
+    secrets = {volume["name"]: volume["secret"]["secretName"] for volume in pod["volumes"] if "secret" in volume}
+    assert args[args.index("--redis-password-file") + 1] == f"{mounts['redis-password']}/password"
+    assert args[args.index("--redis-ca-file") + 1] == f"{mounts['redis-ca']}/ca.crt"
+    assert (secrets["redis-password"], secrets["redis-ca"]) == ("redis", "ca")
 
 
-def test_a_field_is_refused_only_as_long_as_the_router_lacks_it(make):
-    """Fails once `kvfleet router` has learnt it: then render its flag and take the field out of NOT_SUPPORTED."""
-    assert ("spec.processes" in routerpods.NOT_SUPPORTED) == ("--processes" not in router_flags())
+def test_routers_are_told_how_many_they_are(make):
+    router = make.parse(make.router(replicas=3, processes=4))
+    assert fleet_of(make, router=router).config.routers == 12
+    assert fleet_of(make, router=make.parse(make.router(replicas=0))).config.routers == 1

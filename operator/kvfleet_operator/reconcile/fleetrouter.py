@@ -93,9 +93,6 @@ def _accepted(router: FleetRouter, rejections: Sequence[Rejection]) -> Finding:
         return Finding("Accepted", "False", "InvalidPodTemplate", problem)
     if rejections:
         return Finding("Accepted", "False", rejections[0].reason, " ".join(r.message for r in rejections))
-    if fields := routerpods.unsupported(router.spec):
-        message = f"{', '.join(fields)}: this version's router cannot do that; it serves without: take it out"
-        return Finding("Accepted", "False", "NotSupported", message)
     return Finding("Accepted", "True", "Accepted", "The spec is valid and its objects are applied.")
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 from kvfleet_api.fleetconfig import FLEET_CONFIG_KEY, FleetConfig, PoolConfig
-from kvfleet_api.fleetrouter import FleetRouter, FleetRouterSpec
+from kvfleet_api.fleetrouter import FleetRouter
 from kvfleet_operator.reconcile import names, podtemplate
 from kvfleet_operator.reconcile.plan import Manifest
 
@@ -17,21 +17,14 @@ Volume = tuple[str, dict[str, Any], str]
 CONFIG_PATH: Final = "/etc/kvfleet"
 TLS_PATH: Final = "/etc/kvfleet-tls"
 KEYS_PATH: Final = "/etc/kvfleet-keys"
+REDIS_PASSWORD_PATH: Final = "/etc/kvfleet-redis-password"
+REDIS_CA_PATH: Final = "/etc/kvfleet-redis-ca"
 CONFIG_MAP_VARIABLE: Final = "KVFLEET_CONFIG_MAP"
 """Environment variable of the router: the ConfigMap it watches, as `namespace/name`."""
 SETTLE_S: Final = 5
 """Seconds a leaving router serves on so that load balancers have dropped its endpoint."""
 TEARDOWN_S: Final = 10
 USER_ID: Final = 65532
-NOT_SUPPORTED: Final[Mapping[str, Callable[[FleetRouterSpec], bool]]] = {
-    "spec.processes": lambda spec: spec.processes > 1,
-    "spec.redis": lambda spec: spec.redis is not None,
-}
-"""Field → whether it asks for something that this version's router cannot do. Its pods are made without it."""
-
-
-def unsupported(spec: FleetRouterSpec) -> list[str]:
-    return [field for field, asked in NOT_SUPPORTED.items() if asked(spec)]
 
 
 def labels(router: FleetRouter) -> dict[str, str]:
@@ -202,6 +195,14 @@ def _args(router: FleetRouter) -> list[str]:
         args += ["--api-keys-file", f"{KEYS_PATH}/{spec.auth.api_keys_secret_ref.key}"]
     if spec.tls:
         args += ["--tls-cert", f"{TLS_PATH}/tls.crt", "--tls-key", f"{TLS_PATH}/tls.key"]
+    if spec.processes > 1:
+        args += ["--processes", str(spec.processes)]
+    if spec.redis:
+        args += ["--redis-url", spec.redis.url]
+        if ref := spec.redis.password_secret_ref:
+            args += ["--redis-password-file", f"{REDIS_PASSWORD_PATH}/{ref.key}"]
+        if ref := spec.redis.ca_secret_ref:
+            args += ["--redis-ca-file", f"{REDIS_CA_PATH}/{ref.key}"]
     return args
 
 
@@ -233,4 +234,8 @@ def _volumes(router: FleetRouter) -> list[Volume]:
         volumes.append(("keys", {"secret": {"secretName": spec.auth.api_keys_secret_ref.name}}, KEYS_PATH))
     if spec.tls:
         volumes.append(("tls", {"secret": {"secretName": spec.tls.secret_ref}}, TLS_PATH))
+    if spec.redis and (ref := spec.redis.password_secret_ref):
+        volumes.append(("redis-password", {"secret": {"secretName": ref.name}}, REDIS_PASSWORD_PATH))
+    if spec.redis and (ref := spec.redis.ca_secret_ref):
+        volumes.append(("redis-ca", {"secret": {"secretName": ref.name}}, REDIS_CA_PATH))
     return volumes

@@ -73,9 +73,20 @@ class Dispatcher:
         self._fleet = Fleet()
         self._placement = Placement(self._fleet, rng)
         self._ejected: set[Worker] = set()
+        self._heard_routers = 0
         self.configure(config)
 
     # -- configuration and membership -----------------------------------------------------------------------------------
+
+    @property
+    def heard_routers(self) -> int:
+        """Other routers of the fleet whose loads are known. To be set by whoever hears them."""
+        return self._heard_routers
+
+    @heard_routers.setter
+    def heard_routers(self, count: int) -> None:
+        self._heard_routers = count
+        self._placement.strangers = max(self.config.routers - 1 - count, 0)
 
     def configure(self, config: FleetConfig) -> None:
         """Take a new configuration; workers keep their state, tickets their policy. Raises ConfigError with nothing changed."""
@@ -91,6 +102,7 @@ class Dispatcher:
         self._routes = Routes(built, self._fleet)
         self._ejected = {worker for worker in self._ejected if not worker.removed}
         self.config = config
+        self.heard_routers = self._heard_routers
         self._placement.reroute(self._routes.find, now)
         self._placement.pump(None, now)
 

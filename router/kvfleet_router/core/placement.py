@@ -60,6 +60,8 @@ class Placement:
         self.queue = HoldQueue()
         self.placed: list[Placed] | None = None
         """Prompts that brought a worker new blocks, for the other replicas of the router; none: there are none."""
+        self.strangers = 0
+        """Other routers of the fleet of which nothing is known."""
         self._fleet = fleet
         self._rng = rng
         self._outbox: deque[tuple[Held, Ticket | Refusal]] = deque()

@@ -59,6 +59,24 @@ class Answer(Protocol):
     def sweep(self, now: float) -> None: ...
 
 
+class Waiting:
+    """The Answer of a connection whose answer is being asked for elsewhere, within a time limit."""
+
+    gone = False
+
+    def client_gone(self) -> None:
+        self.gone = True
+
+    def client_paused(self) -> None:
+        """Nothing is being written."""
+
+    def client_resumed(self) -> None:
+        """Nothing was paused."""
+
+    def sweep(self, now: float) -> None:
+        """Asking has a time limit of its own."""
+
+
 class ClientConnection:
     """One client connection; see the module's text. An asyncio.Protocol in all but name: mypyc compiles no subclasses."""
 

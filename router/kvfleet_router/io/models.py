@@ -18,7 +18,7 @@ import orjson
 
 from kvfleet_router.core.dispatcher import Dispatcher
 from kvfleet_router.io import wire
-from kvfleet_router.io.connection import ClientConnection
+from kvfleet_router.io.connection import ClientConnection, Waiting
 
 log = logging.getLogger("kvfleet.router")
 
@@ -43,7 +43,7 @@ class ModelList:
     def answer(self, model: str, connection: ClientConnection, spawn: Spawn) -> None:
         """Reply with the list (`model` empty) or with one model (percent-encoded, as in the path)."""
         if self._any_model_pools() and time.monotonic() - self._asked_at > KEEP_S:
-            waiting = _Waiting()
+            waiting = Waiting()
             connection.answer = waiting
             spawn(self._ask_and_reply(model, connection, waiting))
         else:
@@ -90,7 +90,7 @@ class ModelList:
     def _any_model_pools(self) -> list[str]:
         return [pool.name for pool in self._dispatcher.config.pools if pool.model == ANY_MODEL]
 
-    async def _ask_and_reply(self, model: str, connection: ClientConnection, waiting: _Waiting) -> None:
+    async def _ask_and_reply(self, model: str, connection: ClientConnection, waiting: Waiting) -> None:
         urls = [worker.url for pool in self._any_model_pools() for worker in self._dispatcher.workers(pool)]
         async with httpx.AsyncClient(timeout=ASK_TIMEOUT_S) as client:
             answers = await asyncio.gather(*(_ask(client, url) for url in urls))
@@ -98,24 +98,6 @@ class ModelList:
         self._asked_at = time.monotonic()
         if not waiting.gone:
             self._reply(model, connection)
-
-
-class _Waiting:
-    """The Answer of a connection whose list is being asked for."""
-
-    gone = False
-
-    def client_gone(self) -> None:
-        self.gone = True
-
-    def client_paused(self) -> None:
-        """Nothing is being written."""
-
-    def client_resumed(self) -> None:
-        """Nothing was paused."""
-
-    def sweep(self, now: float) -> None:
-        """Asking has a time limit of its own."""
 
 
 async def _ask(client: httpx.AsyncClient, url: str) -> list[Entry]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol, cast
 
 from kvfleet_api.fleetrouter import LimitsSpec
@@ -57,6 +60,26 @@ class Server:
         for sock in listener.sockets:
             probe_silent_peer(sock)  # accepted sockets inherit it
         return int(listener.sockets[0].getsockname()[1])
+
+    async def listen_on(self, sockets: Sequence[socket.socket], *, tls: ssl.SSLContext | None = None) -> None:
+        """Start to accept on sockets that somebody else has bound."""
+        for sock in sockets:
+            listener = await asyncio.get_running_loop().create_server(
+                lambda: cast(asyncio.Protocol, ClientConnection(self)),
+                sock=sock,
+                backlog=BACKLOG,
+                ssl=tls,
+                ssl_handshake_timeout=TLS_HANDSHAKE_TIMEOUT_S if tls else None,
+            )
+            self._listeners.append(listener)
+            probe_silent_peer(sock)
+
+    async def listen_at(self, path: Path) -> None:
+        """Start to accept at a Unix socket."""
+        listener = await asyncio.get_running_loop().create_unix_server(
+            lambda: cast(asyncio.Protocol, ClientConnection(self)), path, backlog=BACKLOG
+        )
+        self._listeners.append(listener)
 
     async def drain(self, timeout_s: float) -> int:
         """Accept no more, close idle connections, let running answers end; returns how many were cut off at the time limit."""
