@@ -19,11 +19,12 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import uvloop
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from kvfleet_api.fleetconfig import FleetConfig, PoolConfig
 from kvfleet_router.core.dispatcher import ConfigError, Dispatcher, WorkerEndpoint
@@ -237,7 +238,7 @@ class RouterApp:
 
     def _registry(self) -> CollectorRegistry:
         registry = CollectorRegistry(auto_describe=False)
-        registry.register(self.metrics)
+        registry.register(cast(Collector, self.metrics))
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
         GCCollector(registry=registry)

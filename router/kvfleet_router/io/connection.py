@@ -8,7 +8,8 @@ A connection is in one of five states:
     LINGERING  the last answer is written; what still comes is discarded until the client closes or time is up
     CLOSED     the client is gone, or was sent away
 
-The end of a head is found here; its grammar is `Request.read_head`'s. Every head gets a parser of its own, which never sees
+The end of a head is found here; its grammar is `Request.read_head`'s, and where it is the last one again but for its length,
+comparing it is enough. Every head gets a parser of its own, which never sees
 the body: its length is plain arithmetic, so that a request can neither leak into the next one nor cost a copy. Only chunked
 bodies go on through the parser. Bodies are read whole, within limits: routing needs them.
 
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from kvfleet_router.io import wire
 from kvfleet_router.io.request import BadRequest, Request
+from kvfleet_router.io.templates import MAX_HEAD_MISSES, HeadTemplate
 
 if TYPE_CHECKING:
     from kvfleet_router.io.server import Server
@@ -46,7 +48,6 @@ MAX_PIPELINED_BYTES = 262_144
 """What may wait behind a request that is being answered before the connection is read no further."""
 MAX_BUFFERED_BODY_BYTES = 1 << 30
 """All bodies being read or waiting for a worker's first byte, together: more is refused with 503."""
-
 _FOREVER = float("inf")
 
 
@@ -90,6 +91,8 @@ class ClientConnection:
         "request",
         "server",
         "state",
+        "template",
+        "template_misses",
         "transport",
         "working",
         "write_paused",
@@ -103,6 +106,8 @@ class ClientConnection:
         self.deadline = server.now + IDLE_TIMEOUT_S
         self.buffer = bytearray()
         self.request = Request()
+        self.template: HeadTemplate | None = None
+        self.template_misses = 0
         self.parts: list[bytes] = []
         self.missing = 0
         """Bytes of the body still to come."""
@@ -272,10 +277,15 @@ class ClientConnection:
             self.working = False
 
     def _read_head(self, data: bytes) -> bytes:
+        limit = self.server.limits.max_header_bytes
+        known = None if self.template is None else self.template.read(data)
+        if known is not None and known[2] <= limit:
+            self.template_misses = 0
+            self.request = known[0]
+            return self._take_head(known[1], data, known[2])
         if data[0] in b"\r\n":
             data = data.lstrip(b"\r\n")
         end = data.find(wire.HEAD_END) + 4
-        limit = self.server.limits.max_header_bytes
         if end > limit or (end < 4 and len(data) > limit):
             raise BadRequest(431, f"The request's head is larger than {limit} bytes.", "headers_too_large")
         if end < 4:
@@ -284,17 +294,27 @@ class ClientConnection:
             self.buffer += data
             return b""
         self.request = request = Request()
-        length = request.read_head(data[:end])
+        head = data[:end]
+        length = request.read_head(head)
+        if self.template_misses < MAX_HEAD_MISSES:
+            self.template_misses += 1
+            self.template = HeadTemplate.of(head, request)
+        return self._take_head(length, data, end)
+
+    def _take_head(self, length: int, data: bytes, end: int) -> bytes:
+        """The head of `self.request` was read, the first `end` bytes of `data`; returns what follows this request."""
+        request = self.request
         self._admit(request, length, len(data) > end)
         if request.parser is None:
-            if len(data) == end + length:
+            whole = end + length
+            if len(data) == whole:
                 request.body = data[end:]
                 self._dispatch()
                 return b""
-            if len(data) > end + length:
-                request.body = data[end : end + length]
+            if len(data) > whole:
+                request.body = data[end:whole]
                 self._dispatch()
-                return data[end + length :]
+                return data[whole:]
         self.state = BODY
         self.missing = length
         return data[end:]

@@ -193,6 +193,20 @@ class Request:
         path = target.partition(b"?")[0] if b"?" in target else target
         self.path = path.decode("ascii")
 
+    def again(self, length: bytes) -> Request:
+        """A request with the same head but for its content length."""
+        other = Request()
+        other.method = self.method
+        other.target = self.target
+        other.path = self.path
+        other.headers = self.headers.copy()
+        other.headers[b"content-length"] = length
+        other.forward = self.forward
+        other.http10 = self.http10
+        other.keep_alive = self.keep_alive
+        other.head_complete = True
+        return other
+
     # A chunked body
 
     def feed_chunks(self, data: bytes) -> bytes:

@@ -6,6 +6,7 @@
 
 The bytes of an answer travel to the client as they came. llhttp runs beside them and only finds where things are: nothing
 is copied out of it, and per piece received there is one parse, one write and one reference kept for the usage at the end.
+What is plain to see it is not even shown: heads like the last one, bodies by their length, chunks that came whole.
 Until `Exchange` says go (`release`), what came is held back, so that a worker that fails before its first byte can still
 be replaced by another.
 
@@ -26,6 +27,7 @@ import httptools
 
 from kvfleet_router.io import wire
 from kvfleet_router.io.sockets import limit_unacknowledged, probe_silent_peer
+from kvfleet_router.io.templates import MAX_ANSWER_MISSES, AnswerTemplate
 
 if TYPE_CHECKING:
     from kvfleet_router.core.ticket import Ticket
@@ -42,6 +44,7 @@ TAIL_PIECES = 4
 JOIN_BYTES = 16_384
 """Larger bodies are written beside their head: copying them would cost more than the second buffer does."""
 CHUNKED_END = b"\r\n0\r\n\r\n"
+_CHUNK_SIZES = {b"%x" % size: size for size in range(1, 4096)}
 SCRAP_BYTES, MAX_SCRAPS_BYTES = 64, 4096
 """Pieces below the first are joined in the tail, up to the second."""
 
@@ -95,7 +98,18 @@ class Upstreams:
 class Origin:
     """One worker's address and idle connections."""
 
-    __slots__ = ("answer_header", "host", "host_header", "idle", "name", "port", "upstreams", "url")
+    __slots__ = (
+        "answer_header",
+        "host",
+        "host_header",
+        "idle",
+        "name",
+        "port",
+        "template",
+        "template_misses",
+        "upstreams",
+        "url",
+    )
 
     def __init__(self, upstreams: Upstreams, name: str, url: str) -> None:
         parts = urlsplit(url)
@@ -107,6 +121,16 @@ class Origin:
         self.host_header = b" HTTP/1.1\r\nhost: %b\r\ncontent-length: " % parts.netloc.encode("latin-1")
         self.answer_header = b"\r\nx-kvfleet-worker: %b\r\nx-kvfleet-decision: " % wire.printable(name)
         self.idle: list[UpstreamConnection] = []
+        self.template: AnswerTemplate | None = None
+        self.template_misses = 0
+
+    def learn_head(self, connection: UpstreamConnection) -> None:
+        """An answer's head was parsed: the next ones will most likely be like it. Servers write the date: once a second it is new."""
+        if connection.body_length is None or connection.interim or connection.status in (204, 304):
+            return
+        if self.template_misses < MAX_ANSWER_MISSES:
+            self.template_misses += 1
+            self.template = AnswerTemplate.of(connection)
 
     def take_idle(self) -> UpstreamConnection | None:
         """The freshest idle connection, unless even that one is too old to trust."""
@@ -146,7 +170,9 @@ class UpstreamConnection:
     """One connection to a worker; at rest `receiver` is None. An asyncio.Protocol in all but name: mypyc compiles no subclasses."""
 
     __slots__ = (
+        "between_chunks",
         "body_length",
+        "chunk_ended",
         "chunked",
         "clean",
         "close",
@@ -160,6 +186,7 @@ class UpstreamConnection:
         "idle_since",
         "interim",
         "lines",
+        "missing",
         "origin",
         "parser",
         "received",
@@ -204,6 +231,10 @@ class UpstreamConnection:
         self.head_bytes = 0
         self.held: list[bytes] = []
         self.held_bytes = 0
+        self.missing = -1
+        """Bytes of the body still to come, where the head is known by comparison; else negative."""
+        self.chunk_ended = self.between_chunks = False
+        """The last thing llhttp saw was a chunk's end; nothing came since."""
 
     # The owner calls
 
@@ -264,13 +295,12 @@ class UpstreamConnection:
             self._keep_scrap(data)
         else:
             self.tail.append(data)
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserError as error:
-            self._lost(f"bad_response: {error}")
-            return
-        except httptools.HttpParserUpgrade:
-            self._lost("bad_response: an unasked change of protocol")
+        if self.between_chunks and _is_one_chunk(data, size):
+            self.ticket.chunks += 1
+        elif self.missing >= 0 or self._knows_head(data, size):
+            if not self._counted(size):
+                return
+        elif not self._parsed(data):
             return
         if self.forward is None:
             self._hold(self.receiver, data)
@@ -278,6 +308,32 @@ class UpstreamConnection:
         self.forward(data)
         if self.complete:
             self._completed(self.receiver)
+
+    def _knows_head(self, data: bytes, size: int) -> bool:
+        """Whether the answer begins as the worker's last one did: then its body is counted, and needs no parser."""
+        template = self.origin.template
+        return template is not None and self.received == size and template.read(self, data)
+
+    def _counted(self, size: int) -> bool:
+        """Whether the body goes on as its head said; else the connection was given up."""
+        self.missing -= size if self.received > size else size - self.head_bytes
+        self.complete = not self.missing
+        if self.missing < 0:
+            self._lost("bad_response: bytes follow the answer")
+        return self.missing >= 0
+
+    def _parsed(self, data: bytes) -> bool:
+        """Whether llhttp took the bytes; else the connection was given up."""
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self._lost(f"bad_response: {error}")
+            return False
+        except httptools.HttpParserUpgrade:
+            self._lost("bad_response: an unasked change of protocol")
+            return False
+        self.between_chunks = self.chunk_ended and data.endswith(b"\r\n")
+        return True
 
     def eof_received(self) -> bool:
         return False
@@ -310,6 +366,7 @@ class UpstreamConnection:
             return
         if not self.head_bytes:
             self._find_body()
+            self.origin.learn_head(self)
         if self.complete:
             self._completed(receiver)
         elif self.held_bytes > self.head_bytes:
@@ -373,7 +430,17 @@ class UpstreamConnection:
 
     def on_chunk_header(self) -> None:
         self.ticket.chunks += 1
+        self.chunk_ended = False
+
+    def on_chunk_complete(self) -> None:
+        self.chunk_ended = True
 
     def on_message_complete(self) -> None:
         if self.head_complete:
             self.complete = True
+
+
+def _is_one_chunk(data: bytes, size: int) -> bool:
+    """Whether these bytes are one whole chunk in its plainest form, as a token's event mostly is."""
+    stop = data.find(b"\r\n", 0, 5)
+    return stop > 0 and _CHUNK_SIZES.get(data[:stop]) == size - stop - 4 and data.endswith(b"\r\n")
