@@ -18,6 +18,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from kvfleet_api.fleetconfig import FleetConfig
@@ -49,6 +50,9 @@ NOTHING_HANDED = "no_kv_transfer"
 _CLOSED_REFUSAL = Refusal(
     503, "request_closed", "The request has ended: it cannot be tried again", type="service_unavailable"
 )
+
+
+NOTHING: Mapping[str, float] = MappingProxyType({})
 
 
 class ConfigError(ValueError):
@@ -191,13 +195,15 @@ class Dispatcher:
         untold.clear()
         return loads
 
-    def told(self, elsewhere: Mapping[str, Load]) -> None:
-        """What all other replicas together have in flight on these workers. Unknown ones are nobody's."""
+    def told(self, elsewhere: Mapping[str, Load], prefilled_s: Mapping[str, float] = NOTHING) -> None:
+        """What all other replicas together have in flight on these workers, and the prefill time that first tokens of theirs
+        ended since they told last. Unknown workers are nobody's."""
+        now = self._clock()
         workers = self._fleet.by_name()
         for name, load in elsewhere.items():
             if (worker := workers.get(name)) is not None:
-                worker.told(load)
-        self._placement.pump(None, self._clock())
+                worker.told(load, prefilled_s.get(name, 0.0), now)
+        self._placement.pump(None, now)
 
     def share(self) -> list[Placed]:
         """From now on, keep account of what other replicas want to know: new blocks on workers are appended here. Whoever

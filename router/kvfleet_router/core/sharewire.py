@@ -33,10 +33,11 @@ _HEAD = Struct(">3sBQQ")
 _Name = Annotated[str, msgspec.Meta(max_length=300)]
 _Count = Annotated[int, msgspec.Meta(ge=0, le=1_000_000)]
 _Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
+_Uptime = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 _Tokens = Annotated[float, msgspec.Meta(ge=0, le=1e10)]
 _Number = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 
-LoadRow = tuple[_Count, _Count, _Count, _Seconds, _Tokens, _Tokens, _Tokens]
+LoadRow = tuple[_Count, _Count, _Count, _Seconds, _Tokens, _Tokens, _Tokens, _Uptime]
 """The fields of `Load`, in their order."""
 
 
@@ -58,7 +59,7 @@ class Body(msgspec.Struct, array_like=True, omit_defaults=True):
 
     number: _Number
     """Counts a sender's messages to everyone."""
-    age_s: _Seconds
+    age_s: _Uptime
     """How long the sender has been running."""
     loads: Annotated[dict[_Name, LoadRow], msgspec.Meta(max_length=MAX_LOADS)] = {}
     span: tuple[_Name, _Name] | None = None

@@ -48,6 +48,8 @@ MAX_ASKED = 3
 MAX_PEERS = 256
 MAX_KNOWN_LOADS = 8192
 """Workers that one peer may speak of."""
+MAX_PREFILLED_S = 600.0
+"""Of one worker between two messages."""
 MAX_BACKLOG_BLOCKS = 262_144
 MAX_CAUGHT_UP_BLOCKS = 1_000_000
 """Of a newcomer: 8 MB told in portions of MAX_BLOCKS, the youngest blocks of each worker."""
@@ -59,13 +61,15 @@ ENTRY_BYTES = 16
 
 
 class _Peer:
-    __slots__ = ("age_s", "heard_at", "loads", "number", "worth_asking")
+    __slots__ = ("age_s", "heard_at", "loads", "number", "prefilled_s", "worth_asking")
 
     def __init__(self) -> None:
         self.number = 0
         self.heard_at = 0.0
         self.age_s = 0.0
         self.loads: dict[str, Load] = {}
+        self.prefilled_s: dict[str, float] = {}
+        """By worker: prefill time ever spent, as last told."""
         self.worth_asking = True
 
 
@@ -87,6 +91,7 @@ class Sharing:
         self._whole_due = self._placed_due = self._started_at
         self._reachable_since: float | None = None
         self._changed: set[str] = set()
+        self._prefilled_s: dict[str, float] = {}
         self._version = -1
         self._new = dispatcher.share()
         self._backlog: deque[tuple[str, tuple[int, ...]]] = deque()
@@ -237,10 +242,14 @@ class Sharing:
                 del loads[name]
             self._changed.update(gone)
         for name, row in body.loads.items():
+            before = peer.prefilled_s.get(name)
+            if before is None and len(peer.prefilled_s) >= MAX_KNOWN_LOADS:
+                self.ignored["too_many_workers"] += 1
+                continue
+            peer.prefilled_s[name] = row[-1]
+            if before is not None and row[-1] > before:
+                self._prefilled_s[name] = self._prefilled_s.get(name, 0.0) + min(row[-1] - before, MAX_PREFILLED_S)
             if row[0]:
-                if name not in loads and len(loads) >= MAX_KNOWN_LOADS:
-                    self.ignored["too_many_workers"] += 1
-                    continue
                 loads[name] = Load(*row)
             else:
                 loads.pop(name, None)
@@ -270,8 +279,9 @@ class Sharing:
             self._version = version
             self._changed.update(name for peer in self._peers.values() for name in peer.loads)
         if self._changed:
-            self._dispatcher.told({name: self._elsewhere(name) for name in self._changed})
+            self._dispatcher.told({name: self._elsewhere(name) for name in self._changed}, self._prefilled_s)
             self._changed.clear()
+            self._prefilled_s.clear()
 
     def _elsewhere(self, name: str) -> Load:
         """What all peers together have on a worker. Summed anew each time: rounding cannot add up."""
@@ -335,8 +345,9 @@ def _portion(queue: deque[tuple[str, tuple[int, ...]]]) -> tuple[list[tuple[str,
 
 
 def _row(load: Load) -> LoadRow:
-    in_flight, pending, decoding, prefill_s, uncached, context, kv = astuple(load)
-    return in_flight, pending, decoding, max(prefill_s, 0.0), max(uncached, 0.0), max(context, 0.0), max(kv, 0.0)
+    in_flight, pending, decoding, *sums = astuple(load)
+    prefill_s, uncached, context, kv, prefilled_s = (max(value, 0.0) for value in sums)  # rounding
+    return in_flight, pending, decoding, prefill_s, uncached, context, kv, prefilled_s
 
 
 def _parts(rows: dict[str, LoadRow]) -> list[dict[str, LoadRow]]:

@@ -79,6 +79,8 @@ class Load:
     """Tokens held by those decoding."""
     kv_tokens: float = 0.0
     """KV tokens in use."""
+    prefilled_s: float = 0.0
+    """Prefill time ever spent on its requests, calibrated: what others see of its first tokens."""
 
 
 IDLE = Load()
@@ -225,7 +227,7 @@ class Worker:
         """A request was dispatched here. Its blocks are pinned and loose tokens counted until `left`."""
         self._advance(now)
         own = self.own
-        if not self._pending:
+        if not self._pending and not self.elsewhere.pending:
             self.head_since = now
         self._pending[id(ticket)] = ticket
         own.prefill_s += ticket.prefill_s
@@ -243,13 +245,9 @@ class Worker:
         if not presumed:
             self._calibrate_prefill(ticket, now)
         self._end_prefill(ticket)
-        self._last_first_token = self.head_since = now
-        self._boundary_exact = not presumed
         prefill_s = ticket.prefill_s * self.prefill_factor
-        self.prefill_seconds += prefill_s
-        decayed = self.prefill_share * exp((self.prefill_share_at - now) / PREFILL_SHARE_WINDOW_S)
-        self.prefill_share = decayed + prefill_s / PREFILL_SHARE_WINDOW_S
-        self.prefill_share_at = now
+        self.own.prefilled_s += prefill_s
+        self._prefilled(prefill_s, now, exact=not presumed)
         ticket.phase = DECODING
         ticket.presumed = presumed
         ticket.decoding_since = now
@@ -265,8 +263,13 @@ class Worker:
         self._untold.add(self)
         self._refresh()
 
-    def told(self, elsewhere: Load) -> None:
-        """Other replicas have this much here, all together."""
+    def told(self, elsewhere: Load, prefilled_s: float, now: float) -> None:
+        """Other replicas have this much here, all together, and first tokens of theirs ended so much prefill just now."""
+        self._advance(now)
+        if prefilled_s:
+            self._prefilled(prefilled_s, now, exact=True)
+        elif elsewhere.pending and not self.elsewhere.pending and not self._pending:
+            self.head_since = now
         self.elsewhere = elsewhere
         self._refresh()
 
@@ -378,6 +381,15 @@ class Worker:
             self.context_token_seconds += self.context_tokens * passed
             self._tokens_per_sequence += passed * (1.0 - min(self.prefill_share, 0.9)) / self.step_now_s
 
+    def _prefilled(self, prefill_s: float, now: float, *, exact: bool) -> None:
+        """A prefill has ended, whoever sent it; the engine begins with the next."""
+        self._last_first_token = self.head_since = now
+        self._boundary_exact = exact
+        self.prefill_seconds += prefill_s
+        decayed = self.prefill_share * exp((self.prefill_share_at - now) / PREFILL_SHARE_WINDOW_S)
+        self.prefill_share = decayed + prefill_s / PREFILL_SHARE_WINDOW_S
+        self.prefill_share_at = now
+
     def _end_prefill(self, ticket: Ticket) -> None:
         own = self.own
         del self._pending[id(ticket)]
@@ -421,7 +433,12 @@ class Worker:
         self.inflation = 1.0 + self.step_now_s / self.step_tokens_s
         factor = self.prefill_factor
         self.backlog_s = factor * (own.prefill_s + elsewhere.prefill_s)
-        self.head_prefill_s = factor * next(iter(self._pending.values())).prefill_s if self._pending else 0.0
+        head_s = 0.0
+        if self._pending:
+            head_s = next(iter(self._pending.values())).prefill_s
+        elif elsewhere.pending:  # one of theirs is the head: as long as theirs are in the mean
+            head_s = elsewhere.prefill_s / elsewhere.pending
+        self.head_prefill_s = factor * head_s
         self.kv_used_tokens = own.kv_tokens + elsewhere.kv_tokens
         self.kv_free_tokens = self.cache.free_blocks * block_tokens - unindexed - elsewhere.kv_tokens
         self.tail_used_at = self.cache.tail_used_at

@@ -5,6 +5,7 @@ from replicas import Replica, exchange, passes, replicas
 from routing_fleet import request
 
 from kvfleet_router.core.dispatcher import Load, Ticket
+from kvfleet_router.core.predict import backlog_s
 from kvfleet_router.core.sharing import EXPIRY_S, WHOLE_S
 
 
@@ -151,3 +152,37 @@ def test_a_worker_that_left_is_told_of_no_more():
     other.dispatcher.configure(Replica(5, workers=1).dispatcher.config)
     exchange(one, other)
     assert (one.elsewhere("pool-0").in_flight, one.elsewhere("pool-1").in_flight) == (2, 0)
+
+
+def test_first_tokens_elsewhere_are_the_engines_progress():
+    """What others prefill is time the worker cannot decode, and after their first token the engine goes on with ours."""
+    one, other = replicas(2, workers=1, strategy="lmetric")
+    exchange(one, other, rounds=2)
+    theirs = other.sent(request(8000, prefix=1))
+    exchange(one, other)
+    mine = one.sent(request(8000, prefix=2))
+    worker = one.worker("pool-0")
+    both = backlog_s(worker, one.now)
+    for replica in (one, other):
+        replica.now += 0.3
+    assert backlog_s(worker, one.now) == pytest.approx(both - 0.3, rel=0.1), "theirs makes progress"
+    other.dispatcher.first_token(theirs)
+    exchange(one, other)
+    assert worker.prefill_share == other.worker("pool-0").prefill_share > 0
+    assert worker.head_since == one.now
+    assert backlog_s(worker, one.now) == pytest.approx(both / 2, rel=0.1)
+    learned = one.dispatcher._fleet.pools["pool"].prefill_factor
+    one.now += mine.prefill_s
+    one.dispatcher.first_token(mine)
+    assert one.dispatcher._fleet.pools["pool"].prefill_factor == pytest.approx(learned, rel=0.05), (
+        "waiting is no prefill"
+    )
+
+
+def test_what_a_replica_prefilled_before_it_was_heard_is_history():
+    one, other = replicas(2, workers=1)
+    for n in range(5):
+        other.answer(other.sent(request(8000, prefix=n)))
+    one.now = other.now
+    exchange(one, other)
+    assert one.worker("pool-0").prefill_share == 0.0

@@ -16,7 +16,7 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
@@ -71,19 +71,22 @@ class Hub(Collector):
         self._tasks: set[asyncio.Task[None]] = set()
 
     def handle(self, request: Request, connection: ClientConnection) -> None:
-        if request.method not in (b"GET", b"HEAD"):
-            body = wire.error_object(405, "The admin port is read only: use GET.", code="method_not_allowed")
-            connection.reply(405, body, headers=[wire.header(b"allow", "GET, HEAD")])
-            return
         waiting = Waiting()
         connection.answer = waiting
-        task = asyncio.create_task(self._answer(request.path, request.target, connection, waiting))
+        target = request.target.decode("ascii")
+        if request.method in (b"GET", b"HEAD"):
+            asked = self._merged(request.path, target)
+        else:
+            asked = self._passed_on(request.method.decode("ascii"), target, bytes(request.body))
+        task = asyncio.create_task(self._answer(request.path, asked, connection, waiting))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _answer(self, path: str, target: bytes, connection: ClientConnection, waiting: Waiting) -> None:
+    async def _answer(
+        self, path: str, asked: Coroutine[Any, Any, Reply], connection: ClientConnection, waiting: Waiting
+    ) -> None:
         try:
-            status, body, content_type = await self._merged(path, target.decode("ascii"))
+            status, body, content_type = await asked
         except Exception as error:  # an answer all the same: somebody waits for it
             log.exception("the processes' answers to %s could not be merged", path)
             status, content_type = 502, wire.JSON
@@ -111,11 +114,15 @@ class Hub(Collector):
         if good and path.startswith("/decisions/"):
             latest = max(good, key=lambda answer: answer.json()["time"])
             return 200, latest.content, wire.JSON
-        anyone = next(iter(good), None) or next((answer for answer in answers.values() if answer is not None), None)
-        if anyone is None:
-            body = wire.error_object(503, "No router process answers.", code="no_process")
-            return 503, body, wire.JSON
-        return anyone.status_code, anyone.content, anyone.headers.get("content-type", "").encode()
+        return _one_of([*good, *answers.values()])
+
+    async def _passed_on(self, method: str, target: str, body: bytes) -> Reply:
+        """What any one process answers: they all know the same."""
+        for client in self._clients.values():
+            answer = await self._ask(client, target, method, body)
+            if answer is not None:
+                return _one_of([answer])
+        return _one_of([])
 
     async def _ask_all(self, target: str) -> dict[str, httpx.Response | None]:
         """Each process's answer, by its name; none where it gave none."""
@@ -125,9 +132,11 @@ class Hub(Collector):
         self._seen |= self._answering
         return asked
 
-    async def _ask(self, client: httpx.AsyncClient, target: str) -> httpx.Response | None:
+    async def _ask(
+        self, client: httpx.AsyncClient, target: str, method: str = "GET", body: bytes = b""
+    ) -> httpx.Response | None:
         try:
-            answer = await client.get(target)
+            answer = await client.request(method, target, content=body)
         except httpx.HTTPError:
             return None
         return answer if len(answer.content) <= MAX_ANSWER_BYTES else None
@@ -143,6 +152,14 @@ class Hub(Collector):
             task.cancel()
         for client in self._clients.values():
             await client.aclose()
+
+
+def _one_of(answers: Sequence[httpx.Response | None]) -> Reply:
+    """The first that there is."""
+    for answer in answers:
+        if answer is not None:
+            return answer.status_code, answer.content, answer.headers.get("content-type", "").encode()
+    return 503, wire.error_object(503, "No router process answers.", code="no_process"), wire.JSON
 
 
 def _limit(target: str) -> int:

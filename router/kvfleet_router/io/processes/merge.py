@@ -159,4 +159,5 @@ def loaded(documents: Documents) -> bytes:
         for name, policy in first["policies"].items()
         if all(document["policies"].get(name) == policy for document in documents)
     }
-    return orjson.dumps({"revision": first["revision"] if same else "", "policies": policies, "refused": refused})
+    told = {"revision": first["revision"] if same else "", "policies": policies, "refused": refused}
+    return orjson.dumps({**first, **told})
