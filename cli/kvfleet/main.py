@@ -26,7 +26,6 @@ from kvfleet.inputs import (
     render_objects,
 )
 from kvfleet.router_command import router
-from kvfleet.tokenizer_command import tokenizer
 
 app = typer.Typer(
     name="kvfleet",
@@ -152,7 +151,6 @@ def demo(
 
 
 app.command()(router)
-app.command()(tokenizer)
 
 
 @app.command(context_settings=PASS_THROUGH)

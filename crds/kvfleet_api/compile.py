@@ -107,6 +107,7 @@ def compile_fleet(
         policies=compiled_policies,
         limits=spec.limits,
         routers=max(spec.replicas * spec.processes, 1),
+        telemetry=spec.telemetry,
         drain_s=float(spec.drain_seconds),
     )
     return CompiledFleet(config, problems)

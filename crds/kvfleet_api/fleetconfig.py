@@ -14,7 +14,7 @@ from pydantic import Field
 
 from kvfleet_api.common import Schema
 from kvfleet_api.cost import CostModel
-from kvfleet_api.fleetrouter import LimitsSpec
+from kvfleet_api.fleetrouter import LimitsSpec, TelemetrySpec
 from kvfleet_api.routingpolicy import (
     AdmissionSpec,
     DisaggregationSpec,
@@ -115,6 +115,7 @@ class FleetConfig(Schema):
     limits: LimitsSpec = Field(default_factory=LimitsSpec)
     routers: int = 1
     """Router processes of the fleet, this one included: what a router knows it does not know while it hears from fewer."""
+    telemetry: TelemetrySpec | None = None
     drain_s: float = 120.0
 
     def to_json(self) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from kvfleet_api.common import Annotations, Conditions, LenientSchema, Name, PodTemplate, Resource, Schema, ShortText
-from kvfleet_api.constraints import rule
+from kvfleet_api.constraints import UniqueBy, rule
 
 DEFAULT_ROUTER_IMAGE = "ghcr.io/kvfleet/kvfleet:0.1.0"
 
@@ -56,6 +56,54 @@ class RedisSpec(Schema):
     """Secret whose key holds the certificates (PEM) to trust, with `rediss`. None: the system's."""
 
 
+class CarbonHour(Schema):
+    hour: Annotated[int, Field(ge=0, le=23, examples=[12])]
+    """Hour of the day, UTC, from which the value holds."""
+    grams_per_kilowatt_hour: Annotated[int, Field(ge=0, le=5000, examples=[180])]
+    """Grams of CO2 equivalent per kWh."""
+
+
+class TelemetrySpec(Schema):
+    dcgm_urls: Annotated[
+        list[
+            Annotated[
+                str,
+                Field(
+                    min_length=1,
+                    max_length=1024,
+                    pattern=r"^https?://.+$",
+                    examples=["http://dcgm-exporter.gpu-operator:9400/metrics", "http://{host}:9400/metrics"],
+                ),
+            ]
+        ],
+        Field(max_length=256, alias="dcgmURLs"),
+    ] = []
+    """DCGM exporters to be read; devices are told apart by their `pod` label. `{host}` and `{port}` stand for each worker's
+    address: all devices found there are its own."""
+    prometheus_url: Annotated[
+        Annotated[
+            str,
+            Field(
+                min_length=1,
+                max_length=1024,
+                pattern=r"^https?://.+$",
+                examples=["http://prometheus.monitoring:9090"],
+            ),
+        ]
+        | None,
+        Field(alias="prometheusURL"),
+    ] = None
+    """A Prometheus that scrapes the exporters, asked in their place."""
+    interval_seconds: Annotated[int, Field(ge=1, le=300)] = 10
+    """How often they are read."""
+    stale_seconds: Annotated[int, Field(ge=2, le=3600)] = 60
+    """Energy no longer steers a pool whose workers' telemetry is older than this."""
+    carbon_grams_per_kilowatt_hour: Annotated[int, Field(ge=0, le=5000, examples=[380])] | None = None
+    """Carbon intensity of the electricity. None: grams are not reported."""
+    carbon_by_hour: Annotated[list[CarbonHour], UniqueBy("hour"), Field(max_length=24)] = []
+    """Where the intensity changes over the day; holds instead of the above from the first hour listed on, and around midnight."""
+
+
 class LimitsSpec(Schema):
     max_body_bytes: Annotated[int, Field(ge=1024, le=1_073_741_824)] = 33_554_432
     """Largest request body; more gets 413."""
@@ -86,6 +134,8 @@ class FleetRouterSpec(Schema):
     """State shared between replicas. Default: every replica decides alone."""
     limits: Annotated[LimitsSpec, Field(default_factory=LimitsSpec)]
     """Bounds on what a client may send."""
+    telemetry: TelemetrySpec | None = None
+    """Keep books of joules, from DCGM's counters where they can be read, else by the model. None: no books."""
     drain_seconds: Annotated[int, Field(ge=0, le=86400)] = 120
     """How long a leaving router may finish its streams."""
     resources: dict[str, Any] | None = None

@@ -31,6 +31,7 @@ from kvfleet_router.core.dispatcher import ConfigError, Dispatcher, WorkerEndpoi
 from kvfleet_router.io.admin import Admin
 from kvfleet_router.io.auth import ApiKeys, Authenticator, KeysRejected
 from kvfleet_router.io.config_source import ConfigRejected, ConfigSource, FileSource, StaticSource
+from kvfleet_router.io.energy_metrics import EnergyMetrics
 from kvfleet_router.io.files import WatchedFiles
 from kvfleet_router.io.gate import Gate
 from kvfleet_router.io.kvevents.follower import Follower
@@ -43,6 +44,7 @@ from kvfleet_router.io.proxy import Proxy
 from kvfleet_router.io.server import Server
 from kvfleet_router.io.sharing.redis_bus import BadRedis, Redis
 from kvfleet_router.io.sharing.sharer import Bus, Sharer
+from kvfleet_router.io.telemetry import Telemetry
 from kvfleet_router.io.tls import Certificate, CertificateRejected
 from kvfleet_router.io.upstream import Upstreams
 from kvfleet_router.policies import REGISTRY
@@ -100,9 +102,13 @@ class RouterApp:
         self.kv_events = Follower(self.dispatcher)
         self.loaded = Loaded(config, self._cache_views)
         self.metrics = RouterMetrics(self.dispatcher, self.loaded)
+        self.telemetry = Telemetry(self.dispatcher, speed=speed)
+        self.energy_metrics = EnergyMetrics(self.dispatcher)
         self.metrics.extra += (
             self._connection_metrics,
             self._source.metrics,
+            self.telemetry.metrics,
+            self.energy_metrics,
             event_metrics(self.dispatcher, self.kv_events),
         )
         if api_keys is not None:
@@ -142,6 +148,7 @@ class RouterApp:
         self.kv_events.update()
         self._follow(self.kv_events.run())
         self._follow(self._source.run(self))
+        self._follow(self.telemetry.run())
         if self._api_keys is not None:
             self._follow(WatchedFiles(self._api_keys.path).follow(self._api_keys.reload))
         if self._certificate is not None:
@@ -196,6 +203,7 @@ class RouterApp:
         self.upstreams.sweep(now)
         self.server.sweep(now)
         self.admin_server.sweep(now)
+        self.dispatcher.energy_tick()
 
     # What a configuration source calls
 

@@ -51,6 +51,7 @@ class Decision:
         "causes",
         "expected_output_tokens",
         "id",
+        "joules",
         "model",
         "outcome",
         "parts",
@@ -75,6 +76,8 @@ class Decision:
         self.causes: list[str] = []
         """Why each try but the last was given up; empty: it handed on what it computed."""
         self.outcome: Outcome | None = None
+        self.joules = 0.0
+        """What it took, all tries together, where books are kept."""
 
 
 class DecisionLog:
@@ -168,4 +171,5 @@ class DecisionLog:
             "prompt_tokens": outcome.prompt_tokens,
             "cached_tokens": outcome.cached_tokens,
             "output_tokens": outcome.output_tokens,
+            "joules": decision.joules or None,
         }

@@ -25,6 +25,7 @@ from kvfleet_api.fleetconfig import FleetConfig
 from kvfleet_api.routingpolicy import ResilienceSpec
 from kvfleet_router.core.decisions import Decision, DecisionLog, Outcome
 from kvfleet_router.core.dryrun import DRY_RUN, told, try_dry, unrecorded
+from kvfleet_router.core.energybook import EnergyBook, PoolEnergy
 from kvfleet_router.core.exact import ask, counted_tokens, look_up
 from kvfleet_router.core.hashing import MAX_BLOCKS, block_hashes, seed_of
 from kvfleet_router.core.kvevents.view import ModelView
@@ -34,6 +35,7 @@ from kvfleet_router.core.placement import OnAssigned, Placed, Placement
 from kvfleet_router.core.policy import Policy
 from kvfleet_router.core.pool import Fleet, Pool
 from kvfleet_router.core.routes import Lane, Routes
+from kvfleet_router.core.telemetry import DeviceReading
 from kvfleet_router.core.ticket import CLOSED, PENDING, Arrival, Held, Refusal, Ticket
 from kvfleet_router.core.worker import Load, Worker, WorkerEndpoint
 
@@ -52,8 +54,6 @@ _CLOSED_REFUSAL = Refusal(
 )
 
 
-NEAR_SHARE = 0.05
-"""While there are routers that are not heard: how much dearer than the least a worker may be and still be chosen."""
 NOTHING: Mapping[str, float] = MappingProxyType({})
 
 
@@ -78,6 +78,7 @@ class Dispatcher:
         self.decisions = DecisionLog(max_decisions, prefix=f"{rng.getrandbits(32):08x}", epoch_s=epoch_s)
         self._fleet = Fleet()
         self._placement = Placement(self._fleet, rng)
+        self.energy = EnergyBook(self._fleet)
         self._ejected: set[Worker] = set()
         self._heard_routers = 0
         self.configure(config)
@@ -92,7 +93,7 @@ class Dispatcher:
     @heard_routers.setter
     def heard_routers(self, count: int) -> None:
         self._heard_routers = count
-        self._placement.near = NEAR_SHARE if count < self.config.routers - 1 else 0.0
+        self._placement.strangers = max(self.config.routers - 1 - count, 0)
 
     def configure(self, config: FleetConfig) -> None:
         """Take a new configuration; workers keep their state, tickets their policy. Raises ConfigError with nothing changed."""
@@ -106,6 +107,7 @@ class Dispatcher:
         self._fleet.configure(config.pools, self._block_bytes, itl_slos, now)
         built = [(policy, self._registry[policy.strategy](policy)) for policy in config.policies]
         self._routes = Routes(built, self._fleet)
+        self.energy.configure(config.telemetry)
         self._ejected = {worker for worker in self._ejected if not worker.removed}
         self.config = config
         self.heard_routers = self._heard_routers
@@ -178,6 +180,28 @@ class Dispatcher:
     def pack_target(self, pool: str) -> int:
         """Sequences a worker of the pool should be filled to before another one is used (b*)."""
         return self._fleet.pools[pool].pack_target()
+
+    def energy_tick(self) -> None:
+        """Keep the books of joules; call a few times a second."""
+        self.energy.tick(self._clock())
+
+    def measured(self, worker: Worker, devices: Mapping[str, DeviceReading]) -> None:
+        """What the worker's devices show now."""
+        self.energy.reading(worker, devices, self._clock())
+
+    def energy_states(self) -> list[PoolEnergy]:
+        """By pool: where joules come from, whether they steer, and what was learned."""
+        now = self._clock()
+        return [self.energy.of(pool, now) for pool in self._fleet.pools.values()]
+
+    def joules_so_far(self, ticket: Ticket, output_tokens: int | None = None) -> float | None:
+        """What the request took until now, `output_tokens` being all it has; None where no books are kept."""
+        ledger = ticket.worker.ledger
+        if ledger is None or ticket.phase == CLOSED:
+            return None
+        ticket.worker.catch_up(self._clock())
+        joules = ledger.so_far(ticket, output_tokens)
+        return None if joules is None else joules + ticket.arrival.decision.joules
 
     @property
     def indexed_blocks(self) -> int:
@@ -304,6 +328,9 @@ class Dispatcher:
         if ticket.phase == CLOSED:
             return
         now = self._clock()
+        if output_tokens is not None and ticket.worker.ledger is not None:
+            ticket.worker.catch_up(now)
+            ticket.worker.ledger.so_far(ticket, output_tokens)
         self._release(ticket, now)
         if ok:
             learn(ticket, output_tokens, prompt_tokens, cached_tokens, now)

@@ -13,6 +13,7 @@ from kvfleet_api.fleetconfig import PoolConfig
 from kvfleet_router.core.calibration import PUBLISH_CHANGE, Calibration, OutputLengths, TokenRatio
 from kvfleet_router.core.columns import Table
 from kvfleet_router.core.energy import pack_target, watts
+from kvfleet_router.core.energyfit import Figures
 from kvfleet_router.core.index import PrefixIndex
 from kvfleet_router.core.kvevents.view import ModelView
 from kvfleet_router.core.predict import backlog_s
@@ -49,6 +50,8 @@ class Pool:
         """Mean of its workers: 0 idle, 1 at the edge of the ITL SLO."""
         self.capacity_rps = 0.0
         """Mean requests per second its workers could serve there."""
+        self.joules_trusted = True
+        """Joules may steer: there is no telemetry, or it and what was learned from it can be believed."""
         self._start_learning(config.cost)
         self.adopt(config, stats, block_bytes, itl_slo_s)
 
@@ -65,6 +68,7 @@ class Pool:
 
     def _start_learning(self, cost: CostModel) -> None:
         self.cost = cost
+        self.joules = Figures.of(cost)
         self.calibration = Calibration(cost.step_s, cost.step_s_per_sequence)
         self.prefill_factor, self.step_s, self.step_s_per_sequence = self.calibration.figures()
         self._unpublished = 0
@@ -83,6 +87,12 @@ class Pool:
             self.prefill_factor, self.step_s, self.step_s_per_sequence = learned
             for worker in self.workers.values():
                 worker.adopt_costs()
+
+    def learned_joules(self, figures: Figures) -> None:
+        """Energy coefficients from telemetry."""
+        self.joules = figures
+        for worker in self.workers.values():
+            worker.adopt_costs()
 
     def fit_blocks_if_moved(self) -> None:
         """Follow the learned bytes per token once they have moved noticeably."""

@@ -52,8 +52,6 @@ class Lane:
         self.config = config
         self.policy = policy
         self.model = model
-        self.adapter = False
-        """The model is a LoRA adapter of the pools'."""
         self.rescan_at = 0.0
         """Held requests of the lane are not decided again before."""
         self.budget = RetryBudget(config.resilience.retry_budget_percent / 100)
@@ -75,7 +73,6 @@ class Lane:
         """Those that compute prompts for Decode pools (disaggregation.py)."""
         self._longest_context = max((pool.config.max_context_tokens or 2**62 for pool in self.pools), default=0)
         every = (*self.pools, *self.prefill_pools)
-        self.adapter = any(model in pool.config.adapters for pool in every)
         self._context_limited = any(pool.config.max_context_tokens for pool in every)
 
     def matches(self, parsed: ParsedRequest, prompt_tokens: float) -> bool:
@@ -91,7 +88,10 @@ class Lane:
         return all(parsed.headers.get(name) == value for name, value in self._headers)
 
     def load(self) -> float:
-        """How busy its pools are, by what they could serve: 0 idle, 1 at the edge of the SLO."""
+        """How busy its pools are, by what they could serve: 0 idle, 1 at the edge of the SLO, and where joules cannot be
+        trusted: at the edge of the SLO joules do not count."""
+        if not all(pool.joules_trusted for pool in self.pools):
+            return 1.0
         total = sum(pool.capacity_rps for pool in self.pools)
         return sum(pool.load * pool.capacity_rps for pool in self.pools) / total if total > 0 else 0.0
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kvfleet_router.core.columns import Table
     from kvfleet_router.core.index import WorkerCache
     from kvfleet_router.core.kvevents.view import WorkerView
+    from kvfleet_router.core.ledger import Ledger
     from kvfleet_router.core.pool import Pool
 
 PREFILL_SHARE_WINDOW_S = 20.0
@@ -117,11 +118,13 @@ class Worker:
         "head_since",
         "held",
         "host",
+        "idle_seconds",
         "in_flight",
         "inflation",
         "kv_free_tokens",
         "kv_tokens",
         "kv_used_tokens",
+        "ledger",
         "max_sequences",
         "name",
         "own",
@@ -150,6 +153,8 @@ class Worker:
         "tail_used_at",
         "token_joules",
         "url",
+        "work_shares",
+        "work_steps",
     )
 
     def __init__(self, endpoint: WorkerEndpoint, pool: Pool, cache: WorkerCache, table: Table, now: float) -> None:
@@ -167,6 +172,10 @@ class Worker:
         self.removed = False
         self.held: WorkerView | None = None
         """What it holds by its own word; none: it is guessed."""
+        self.ledger: Ledger | None = None
+        """Who is told of its requests, to book their joules; then its work is counted in the three figures below."""
+        self.work_steps = self.work_shares = self.idle_seconds = 0.0
+        """Decode steps; Σ 1/sequences over them; seconds without a request."""
         self.contradictions = 0
         """Reports in a row that an expected prefix was not cached."""
 
@@ -261,6 +270,8 @@ class Worker:
         self._decode_prompt_tokens += ticket.prompt_tokens
         self._generated_offset += sequences * self._tokens_per_sequence
         self._untold.add(self)
+        if self.ledger is not None:
+            self.ledger.first_token(ticket)
         self._refresh()
 
     def told(self, elsewhere: Load, prefilled_s: float, now: float) -> None:
@@ -283,6 +294,8 @@ class Worker:
             if was_head:
                 self.head_since = now
         elif ticket.phase == DECODING:
+            if self.ledger is not None:
+                ticket.arrival.decision.joules += self.ledger.ended(ticket)
             sequences = ticket.parsed.sequences
             own.decoding -= sequences
             self.decoding_since.remove((ticket.decoding_since, ticket.prefill_seconds_at_start))
@@ -352,10 +365,11 @@ class Worker:
         self.step_tokens_s = max(cost.max_step_tokens * self.prefill_s_per_token, MIN_STEP_S)
         self.kv_tokens = float(cost.kv_tokens)
         self.max_sequences = cost.max_sequences
-        self.prefill_token_joules = cost.prefill_token_joules
-        self.token_joules = cost.token_joules
-        self.context_token_joules = cost.context_token_joules
-        self.fixed_step_joules = max(cost.step_joules - cost.idle_watts * self.step_s, 0.0)
+        joules = pool.joules
+        self.prefill_token_joules = joules.prefill_token_joules
+        self.token_joules = joules.token_joules
+        self.context_token_joules = joules.context_token_joules
+        self.fixed_step_joules = max(joules.step_joules - joules.idle_watts * self.step_s, 0.0)
         self._refresh()
 
     def youngest(self) -> list[float]:
@@ -376,6 +390,8 @@ class Worker:
         if passed <= 0:
             return
         self._at = now
+        if self.ledger is not None:
+            self._meter(passed)
         if self.decoding:  # theirs share the steps as well
             self.sequence_seconds += self.decoding * passed
             self.context_token_seconds += self.context_tokens * passed
@@ -389,6 +405,18 @@ class Worker:
         decayed = self.prefill_share * exp((self.prefill_share_at - now) / PREFILL_SHARE_WINDOW_S)
         self.prefill_share = decayed + prefill_s / PREFILL_SHARE_WINDOW_S
         self.prefill_share_at = now
+
+    def _meter(self, passed: float) -> None:
+        if self.decoding:
+            steps = passed * (1.0 - min(self.prefill_share, 0.9)) / self.step_now_s
+            self.work_steps += steps
+            self.work_shares += steps / self.decoding
+        elif not self.in_flight:
+            self.idle_seconds += passed
+
+    def catch_up(self, now: float) -> None:
+        """Bring the counters up to date."""
+        self._advance(now)
 
     def _end_prefill(self, ticket: Ticket) -> None:
         own = self.own

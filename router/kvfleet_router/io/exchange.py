@@ -301,6 +301,7 @@ class Exchange:
                 upstream.origin.answer_header,
                 ticket.id.encode(),
                 b"\r\n",
+                b"" if ticket.worker.ledger is None else self._joules_header(upstream, ticket),
                 connection.connection_header(self._keeps_alive(upstream)),
                 b"\r\n",
             )
@@ -313,6 +314,14 @@ class Exchange:
             upstream.release(Dechunker(transport.write).feed, b"")
         else:
             upstream.release(transport.write, head)
+
+    def _joules_header(self, upstream: UpstreamConnection, ticket: Ticket) -> bytes:
+        """What the answer took: known only where it is here to its end."""
+        if not upstream.complete or upstream.event_stream or upstream.status >= 300:
+            return b""
+        tokens = read_usage(upstream.held_body()[-SEARCHED_BYTES:]).output
+        joules = self.proxy.dispatcher.joules_so_far(ticket, tokens)
+        return b"" if joules is None else wire.header(b"x-kvfleet-energy-joules", f"{joules:.3f}")
 
     def _keeps_alive(self, upstream: UpstreamConnection) -> bool:
         request = self.request

@@ -53,4 +53,5 @@ def test_a_record_is_json_with_unix_times_and_the_cheapest_candidate_first():
         "prompt_tokens": 100,
         "cached_tokens": 64,
         "output_tokens": 20,
+        "joules": None,
     }

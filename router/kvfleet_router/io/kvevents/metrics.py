@@ -15,8 +15,9 @@ PREFIX = "kvfleet_router_"
 def event_metrics(dispatcher: Dispatcher, follower: Follower) -> Callable[[], Iterable[Metric]]:
     def families() -> Iterable[Metric]:
         yield from _views(dispatcher, follower)
-        yield from _streams(dispatcher, follower)
-        yield from _models(follower)
+        if follower.active:
+            yield from _streams(dispatcher, follower)
+            yield from _models(follower)
 
     return families
 

@@ -1,0 +1,106 @@
+"""The books of joules for Prometheus: who they were for, what was learned of the workers, and whether joules steer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from kvfleet_api.fleetrouter import TelemetrySpec
+from kvfleet_router.core.dispatcher import Dispatcher
+
+PREFIX = "kvfleet_"
+JOULES_PER_KWH = 3.6e6
+SOURCES = ("Profile", "Learning", "Measured", "LowConfidence", "Stale", "Frozen", "Absurd")
+
+
+def grams_per_kwh(spec: TelemetrySpec, hour: int) -> float | None:
+    """Carbon intensity at an hour of the day (UTC)."""
+    hours = sorted((entry.hour, entry.grams_per_kilowatt_hour) for entry in spec.carbon_by_hour)
+    if not hours:
+        return spec.carbon_grams_per_kilowatt_hour
+    begun = [grams for from_hour, grams in hours if from_hour <= hour]
+    return begun[-1] if begun else hours[-1][1]  # before the first of the day, yesterday's last holds
+
+
+class EnergyMetrics:
+    """Asked at each scrape. Grams are counted as joules are seen: at the intensity of that hour."""
+
+    def __init__(self, dispatcher: Dispatcher, now: Callable[[], float] = time.time) -> None:
+        self._dispatcher = dispatcher
+        self._now = now
+        self._seen: dict[tuple[str, str], float] = {}
+        self._grams: dict[tuple[str, str], float] = {}
+
+    def __call__(self) -> Iterable[Metric]:
+        ledger = self._dispatcher.energy.ledger
+        if ledger is None:
+            return []
+        joules = CounterMetricFamily(
+            PREFIX + "energy_joules",
+            "Joules by what they were for; their sum is what the workers' counters showed.",
+            labels=("pool", "tenant", "model", "kind"),
+        )
+        for pool, tenant, model, kind, value in ledger.rows():
+            joules.add_metric((pool, tenant, model, kind), value)
+        return [joules, *self._carbon(), *self._states()]
+
+    def tick(self) -> None:
+        """Turn the joules booked since the last call into grams; call at least every minute or so."""
+        ledger, spec = self._dispatcher.energy.ledger, self._dispatcher.config.telemetry
+        if ledger is None or spec is None:
+            return
+        intensity = grams_per_kwh(spec, time.gmtime(self._now()).tm_hour)
+        if intensity is None:
+            return
+        sums: dict[tuple[str, str], float] = {}
+        for pool, tenant, _, _, value in ledger.rows():
+            sums[pool, tenant] = sums.get((pool, tenant), 0.0) + value
+        for key, value in sums.items():
+            new = value - self._seen.get(key, 0.0)
+            self._seen[key] = value
+            self._grams[key] = self._grams.get(key, 0.0) + new / JOULES_PER_KWH * intensity
+
+    def _carbon(self) -> list[Metric]:
+        self.tick()
+        if not self._grams:
+            return []
+        grams = CounterMetricFamily(
+            PREFIX + "energy_co2_grams", "Grams of CO2 equivalent of the joules.", labels=("pool", "tenant")
+        )
+        for key, value in self._grams.items():
+            grams.add_metric(key, value)
+        return [grams]
+
+    def _states(self) -> list[Metric]:
+        state = GaugeMetricFamily(
+            PREFIX + "energy_source",
+            "Where a pool's joules come from: 1 for the state it is in.",
+            labels=("pool", "source"),
+        )
+        steers = GaugeMetricFamily(
+            PREFIX + "energy_trusted", "Whether joules may steer the pool's requests.", labels=("pool",)
+        )
+        error = GaugeMetricFamily(
+            PREFIX + "energy_model_error_ratio",
+            "Mean relative difference of measured joules from the model's.",
+            labels=("pool",),
+        )
+        coefficient = GaugeMetricFamily(
+            PREFIX + "energy_coefficient",
+            "Learned energy coefficients: joules per step, token and prefill token; watts when idle.",
+            labels=("pool", "coefficient"),
+        )
+        deviation = GaugeMetricFamily(
+            PREFIX + "energy_coefficient_stderr", "Their standard errors.", labels=("pool", "coefficient")
+        )
+        for told in self._dispatcher.energy_states():
+            for source in SOURCES:
+                state.add_metric((told.pool, source), source == told.source)
+            steers.add_metric((told.pool,), told.trusted)
+            error.add_metric((told.pool,), told.error)
+            for estimate in told.estimates:
+                coefficient.add_metric((told.pool, estimate.name), estimate.value)
+                deviation.add_metric((told.pool, estimate.name), estimate.standard_error)
+        return [state, steers, error, coefficient, deviation]
