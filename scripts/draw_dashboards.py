@@ -69,11 +69,11 @@ def main() -> None:
     with httpx.Client(base_url=args.prometheus, timeout=60) as prometheus:
         for path in sorted(BOARDS.glob("*.json")):
             target = args.into / f"dashboard-{path.stem}.png"
-            _draw(json.loads(path.read_text()), prometheus, span).savefig(target, dpi=60)
+            picture(json.loads(path.read_text()), prometheus, span).savefig(target, dpi=60)
             sys.stdout.write(f"wrote {target}\n")
 
 
-def _draw(board: dict[str, Any], prometheus: httpx.Client, span: Span) -> Figure:
+def picture(board: dict[str, Any], prometheus: httpx.Client, span: Span) -> Figure:
     """All panels in rows, as wide as in Grafana."""
     panels = [panel for panel in board["panels"] if panel["type"] != "row"]
     rows: list[list[dict[str, Any]]] = []

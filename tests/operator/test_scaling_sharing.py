@@ -3,19 +3,22 @@
 import pytest
 
 from kvfleet_api.compile import compile_fleet
+from kvfleet_operator.autoscale.autoscaler import Autoscaler
+from kvfleet_operator.autoscale.budget import Budget
 from kvfleet_operator.autoscale.readings import Quality, Reading
-from kvfleet_operator.scaling.pools import ScaledPool, scope_of
+from kvfleet_operator.scaling.pools import ScaledPool, scope_of, step_of
 from kvfleet_operator.scaling.sharing import shared
 
 TARGET = 10.0
 
 
-def a_fleet(make, *pools, tiers=None, **profiles):
+def a_fleet(make, *pools, tiers=None, priorities=None, **profiles):
     """Pools (name → (ready workers, maxReplicas)) of one model, each on a profile of its own, and their configuration."""
-    tiers = tiers or {}
+    tiers, priorities = tiers or {}, priorities or {}
     manifests, parsed = [], []
     for name, (_, most) in pools:
-        manifest = make.pool(name, profile=name, autoscaling={"minReplicas": 0, "maxReplicas": most})
+        autoscaling = {"minReplicas": 0, "maxReplicas": most, "priority": priorities.get(name, 0)}
+        manifest = make.pool(name, profile=name, autoscaling=autoscaling)
         manifests.append(make.profile(name))
         manifests[-1]["spec"]["prior"]["stepMillijoulesPerWeightGB"] = profiles[name]
         parsed.append(make.parse(manifest))
@@ -67,3 +70,12 @@ def test_where_one_pool_cannot_be_read_each_goes_by_its_own_figure(make, quality
 def test_a_pool_alone_is_left_alone(make):
     scaled, fleets = a_fleet(make, ("only", (1, 3)), only=100)
     assert values(scaled, fleets, reading(70.0)) == {"only": 70.0}
+
+
+@pytest.mark.parametrize(("first", "second"), [("a", "b"), ("b", "a")])
+def test_under_a_budget_the_pool_of_higher_priority_grows_first(make, first, second):
+    scaled, _ = a_fleet(make, ("a", (0, 9)), ("b", (0, 9)), priorities={first: 1}, a=100, b=100)
+    activity = (reading(40.0), reading(0.0))
+    steps = [step_of(pool, [reading(40.0)], activity) for pool in scaled]
+    results = Autoscaler().step(steps, 0.0, Budget(gpus=5))
+    assert {key.partition("/")[2]: result.decision.desired for key, result in results.items()} == {first: 4, second: 1}
