@@ -11,7 +11,7 @@ import httpx
 import pytest
 from harness.cluster import Cluster
 from harness.kube import Kube, Object
-from harness.sentences import Given, Story, Then, When
+from harness.sentences import Given, Story, Then, When, is_ready
 from harness.settings import WEB_IMAGE
 from harness.traffic import traffic
 
@@ -345,7 +345,9 @@ def test_gpus_are_counted(given: Given, when: When, then: Then, kube: Kube) -> N
     then.ready("Pod", waiting)
 
 
-def test_a_lost_node_s_pods_are_replaced_elsewhere(given: Given, then: Then, story: Story, cluster: Cluster) -> None:
+def test_a_lost_node_s_pods_are_replaced_elsewhere_or_start_again_with_it(
+    given: Given, then: Then, story: Story, cluster: Cluster
+) -> None:
     tolerations = [
         {"key": f"node.kubernetes.io/{state}", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 0}
         for state in ("unreachable", "not-ready")
@@ -353,6 +355,11 @@ def test_a_lost_node_s_pods_are_replaced_elsewhere(given: Given, then: Then, sto
     given.applied(web_deployment(1, tolerations=tolerations), web_service())
     then.ready("Deployment", "web")
     node = story.kube.list("Pod", WEB)[0]["spec"]["nodeName"]
+    patient = sleeper("patient")
+    patient["metadata"]["labels"], patient["spec"]["nodeName"] = {}, node
+    given.applied(patient)
+    then.ready("Pod", "patient")
+    before = story.kube.get("Pod", "patient")["status"]
     cluster.fail_node(node)
     try:
 
@@ -365,6 +372,15 @@ def test_a_lost_node_s_pods_are_replaced_elsewhere(given: Given, then: Then, sto
     finally:
         cluster.recover_node(node)
     then.ready("Node", node).counts("Pod", 1, WEB)
+
+    def runs_anew(pod: Object) -> bool:
+        return is_ready(pod) and container_status(pod)["state"] != before["containerStatuses"][0]["state"]
+
+    then.is_so("Pod", "patient", "runs again", runs_anew, within_s=90)
+    if cluster.reaches_pods:  # where a pod that starts again has a network of its own again
+        now = story.kube.get("Pod", "patient")["status"]
+        assert now["podIP"] != before["podIP"]
+        assert now["podIPs"] == [{"ip": now["podIP"]}]
 
 
 def test_an_unknown_image_and_an_unsupported_field_are_told_by_name(given: Given, then: Then, cluster: Cluster) -> None:
