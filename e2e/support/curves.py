@@ -183,8 +183,9 @@ pool is scaled on `concurrency` with a target of 3, judged every second with sca
 figure comes from Prometheus; a worker counts from its pod's address to its end. All {requests:.0f} streams of both runs ended whole.
 
 {table}
-In SLO: first token within {slo:g} s. From zero it cannot be: the first requests wait for a worker to start. A burst outruns what starts
-workers too; that is what a fixed fleet, a schedule or a higher `minReplicas` costs worker-time for.
+In SLO: first token within {slo:g} s. From zero the first requests wait for a worker to start, and a burst outruns workers that start (how
+long that took: Start-up time in the Autoscaling dashboard of [dashboards.md](dashboards.md), of the same run). A schedule or a larger
+`minReplicas` keeps workers ready; a fixed fleet does at the price in the last columns.
 
 ![Load, workers and time to first token]({picture})
 """
@@ -234,7 +235,7 @@ def draw(scaled: Run, fixed: Run, path: Path) -> None:
         wait.plot(seconds, late, label=label, color=colour)
     wait.axhline(SLO_S, color="red", linewidth=0.8, label="objective")
     wait.set(yscale="log", ylabel="TTFT p95 of 10 s, s", xlabel="s")
-    workers.set(ylabel="workers")
+    workers.set(ylabel="workers", ylim=(0, None))
     load.set(ylabel="requests")
     at = 0.0
     for shape in scaled.shapes:
