@@ -1,5 +1,5 @@
 """Builds the control plane and the Helm commands out of `e2e/controlplane/`, and the LeaderWorkerSet controller out of
-`e2e/lws/` where a test asks for it, once per version.
+`e2e/lws/`, once per version.
 
 The result lands in `${XDG_CACHE_HOME:-~/.cache}/kvfleet/e2e/<hash>`, where the hash covers everything that decides it:
 go.mod, go.sum, main.go and the flags below. A build goes to a folder beside it that is renamed when complete, under a
@@ -202,7 +202,9 @@ def _say(text: str) -> None:
 
 def main() -> int:
     try:
-        print(binaries().folder)
+        folder = binaries().folder
+        lws()  # now: inside the cluster's namespace no module can be fetched
+        print(folder)
     except BuildError as error:
         _say(f"error: {error}")
         return 1
