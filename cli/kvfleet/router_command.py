@@ -49,7 +49,9 @@ def router(
     kubeconfig: Annotated[
         Path | None, typer.Option(help="As --kubernetes, but the API server and credentials of this file.")
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "0.0.0.0",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on (IPv4, IPv6 or unix:PATH; several with commas between).")
+    ] = "0.0.0.0",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port for clients.")] = 8080,
     admin_host: Annotated[str | None, typer.Option(help="Address of the admin port. Default: --host.")] = None,
     admin_port: Annotated[int, typer.Option(min=0, max=65535, help="Port of /metrics, /healthz, /decisions.")] = 9090,
@@ -86,6 +88,16 @@ def router(
     redis_ca_file: Annotated[
         Path | None, typer.Option(help="Certificates to trust at the Redis server, with rediss://.")
     ] = None,
+    worker_ca_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="PEM file of the certificates to trust at workers with https:// addresses. Default: the system's."
+        ),
+    ] = None,
+    worker_server_name: Annotated[
+        str | None,
+        typer.Option(help="Name that workers' certificates are for. Default: the host of each worker's address."),
+    ] = None,
     speed: Annotated[float, typer.Option(min=0.01, max=1000, help="For workers run with --speed.")] = 1.0,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
@@ -109,6 +121,8 @@ def router(
     in_cluster = kubernetes or kubeconfig is not None
     if in_cluster and (filename or workers):
         raise UsageError("--kubernetes: pools and workers are read from the cluster: leave -f and --workers out")
+    if processes > 1 and ("," in host or host.startswith("unix:")):
+        raise UsageError("--host: several processes share one address with a port: give one, or leave --processes out")
     if filename and config is not None:
         raise UsageError("-f and --config exclude each other: the FleetConfig is compiled from the manifests")
     if not (filename or config or workers or in_cluster):
@@ -159,6 +173,8 @@ def router(
         api_keys_file=api_keys_file,
         processes=processes,
         redis=redis,
+        worker_ca_file=worker_ca_file,
+        worker_server_name=worker_server_name,
     )
     raise typer.Exit(code)
 

@@ -156,18 +156,18 @@ def _publishing(endpoint: Endpoint, events_port: int, replay_port: int | None) -
 
 
 def _endpoint(url: str) -> Endpoint:
-    remedy = "write it as http://host:port"
+    remedy = "write it as http://host:port or https://host:port"
     try:
         parts = urlsplit(url if "://" in url else f"http://{url}")
         host, port = parts.hostname, parts.port
     except ValueError as error:
         raise ValueError(f"worker {url!r}: {error}: {remedy}") from error
-    if parts.scheme != "http":
+    if parts.scheme not in ("http", "https"):
         raise ValueError(f"worker {url!r}: scheme {parts.scheme!r} is not supported: {remedy}")
     if not host or parts.path not in ("", "/") or parts.query or parts.fragment or parts.username is not None:
         raise ValueError(f"worker {url!r}: only a host and a port may be given: {remedy}")
-    address = f"{f'[{host}]' if ':' in host else host}:{port or 80}"
-    return Endpoint(name=address, url=f"http://{address}")
+    address = f"{f'[{host}]' if ':' in host else host}:{port or (443 if parts.scheme == 'https' else 80)}"
+    return Endpoint(name=address, url=f"{parts.scheme}://{address}")
 
 
 def _namespace(resource: Resource) -> str:

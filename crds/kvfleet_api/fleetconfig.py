@@ -34,7 +34,7 @@ class Endpoint(Schema):
     name: str
     """Unique in the fleet: the pod's name, or host:port."""
     url: str
-    """`http://host:port`, no path."""
+    """`http://host:port` or `https://host:port`, no path."""
     kv_events_url: str | None = None
     """`tcp://host:port` of the engine's KV-event publisher."""
     kv_replay_url: str | None = None

@@ -41,11 +41,11 @@ from kvfleet_router.io.metrics import PREFIX, RouterMetrics
 from kvfleet_router.io.models import ModelList
 from kvfleet_router.io.processes.run import Place, run_processes
 from kvfleet_router.io.proxy import Proxy
-from kvfleet_router.io.server import Server
+from kvfleet_router.io.server import Server, addresses_text
 from kvfleet_router.io.sharing.redis_bus import BadRedis, Redis
 from kvfleet_router.io.sharing.sharer import Bus, Sharer
 from kvfleet_router.io.telemetry import Telemetry
-from kvfleet_router.io.tls import Certificate, CertificateRejected
+from kvfleet_router.io.tls import Certificate, CertificateRejected, WorkerTrust
 from kvfleet_router.io.upstream import Upstreams
 from kvfleet_router.policies import REGISTRY
 
@@ -74,6 +74,7 @@ class RouterApp:
         speed: float = 1.0,
         source: ConfigSource | None = None,
         certificate: Certificate | None = None,
+        worker_trust: WorkerTrust | None = None,
         api_keys: ApiKeys | None = None,
         rng: random.Random | None = None,
         bus: Bus | None = None,
@@ -81,15 +82,16 @@ class RouterApp:
         admin_path: Path | None = None,
     ) -> None:
         """`speed`: seconds the dispatcher's clock moves in one second, for workers simulated in compressed time.
-        `certificate`: serve clients by TLS. `api_keys`: ask clients for a key. `bus`: over it other replicas are told and
-        heard. `listeners`: bound sockets to serve clients on, instead of `host` and `port`; `admin_path`: a Unix socket
-        instead of the admin port.
+        `certificate`: serve clients by TLS. `worker_trust`: for workers with https addresses. `api_keys`: ask clients for a key.
+        `bus`: over it other replicas are told and heard. `listeners`: bound sockets to serve clients on, instead of `host` and
+        `port`; `admin_path`: a Unix socket instead of the admin port.
 
         Raises ConfigError where the configuration cannot be served."""
         self.host, self.port = host, port
         self.admin_host, self.admin_port = admin_host or host, admin_port
         self._source = source or StaticSource()
         self._certificate = certificate
+        self._trust = worker_trust or WorkerTrust()
         self._api_keys = api_keys
         self._listeners, self._admin_path = listeners, admin_path
         self._speed = speed
@@ -126,12 +128,12 @@ class RouterApp:
 
     async def start(self) -> None:
         """Listen, and follow the configuration source. Raises OSError where a port cannot be had."""
-        self.upstreams = Upstreams()
+        self.upstreams = Upstreams(self._trust)
         self.proxy = Proxy(
             self.dispatcher,
             self.upstreams,
             self.metrics,
-            ModelList(self.dispatcher),
+            ModelList(self.dispatcher, self._trust),
             clock=self.clock,
             rng=self._rng,
             speed=self._speed,
@@ -153,9 +155,11 @@ class RouterApp:
             self._follow(WatchedFiles(self._api_keys.path).follow(self._api_keys.reload))
         if self._certificate is not None:
             self._follow(WatchedFiles(*self._certificate.paths).follow(self._certificate.reload))
+        if self._trust.path is not None:
+            self._follow(WatchedFiles(self._trust.path).follow(self._trust.reload))
         self._unready = ""
-        admin = self._admin_path or f"{self.admin_host}:{self.admin_port}"
-        log.info("serving on %s:%d, admin on %s", self.host, self.port, admin)
+        admin = self._admin_path or addresses_text(self.admin_host, self.admin_port)
+        log.info("serving on %s, admin on %s", addresses_text(self.host, self.port), admin)
 
     async def _listen(self) -> None:
         if self._admin_path is not None:
@@ -311,13 +315,16 @@ def run_router(
     api_keys_file: Path | None = None,
     processes: int = 1,
     redis: Redis | None = None,
+    worker_ca_file: Path | None = None,
+    worker_server_name: str | None = None,
 ) -> int:
     """The router as a process; returns its exit code: 1 where it cannot listen, 2 where what it was given cannot be used.
 
     `config_path`: the file `config` came from, followed from now on; `adapt` is applied to what is read from it again.
     `source`: what is followed in its place. `tls_cert` and `tls_key`: PEM files; clients are served by TLS.
-    `api_keys_file`: see auth.py. All of them are read again when they change. `processes`: so many of them serve the port
-    together (processes.py). `redis`: where routers of other pods are told and heard."""
+    `worker_ca_file` and `worker_server_name`: for workers with https addresses, see tls.py. `api_keys_file`: see auth.py.
+    All of them are read again when they change. `processes`: so many of them serve the port together (processes.py). `redis`:
+    where routers of other pods are told and heard."""
     raise_open_files()
     give_large_memory_back()
     if source is None and config_path is not None:
@@ -337,6 +344,7 @@ def run_router(
             speed=speed,
             source=source,
             certificate=Certificate(tls_cert, tls_key) if tls_cert is not None and tls_key is not None else None,
+            worker_trust=WorkerTrust(worker_ca_file, worker_server_name),
             api_keys=ApiKeys(api_keys_file) if api_keys_file is not None else None,
             bus=bus if place is None else place.bus(),
             listeners=() if place is None else place.listeners,

@@ -37,13 +37,16 @@ MIN_STEP_S = 1e-5
 """Keeps divisors positive where a profile says nothing takes time."""
 
 
+DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerEndpoint:
     """Where a worker is, and whether it may get requests."""
 
     name: str
     url: str
-    """`http://host:port`, no path."""
+    """`http://host:port` or `https://host:port`, no path."""
     ready: bool = True
     terminating: bool = False
     kv_events_url: str | None = None
@@ -55,11 +58,13 @@ class WorkerEndpoint:
         """(host, port). Raises ValueError where the URL is none."""
         try:
             parts = urlsplit(self.url)
-            if parts.scheme == "http" and parts.hostname:
-                return parts.hostname, parts.port or 80
+            if parts.scheme in DEFAULT_PORTS and parts.hostname:
+                return parts.hostname, parts.port or DEFAULT_PORTS[parts.scheme]
         except ValueError:
             pass
-        raise ValueError(f"endpoint {self.name}: {self.url!r} is no URL of the form http://host:port")
+        raise ValueError(
+            f"endpoint {self.name}: {self.url!r} is no URL of the form http://host:port or https://host:port"
+        )
 
 
 @dataclass(slots=True)

@@ -19,6 +19,7 @@ import orjson
 from kvfleet_router.core.dispatcher import Dispatcher
 from kvfleet_router.io import wire
 from kvfleet_router.io.connection import ClientConnection, Waiting
+from kvfleet_router.io.tls import WorkerTrust
 
 log = logging.getLogger("kvfleet.router")
 
@@ -34,8 +35,9 @@ Entry = dict[str, Any]
 class ModelList:
     """Answers for one router."""
 
-    def __init__(self, dispatcher: Dispatcher) -> None:
+    def __init__(self, dispatcher: Dispatcher, trust: WorkerTrust) -> None:
         self._dispatcher = dispatcher
+        self._trust = trust
         self._created = int(time.time())
         self._asked: list[Entry] = []
         self._asked_at = float("-inf")
@@ -92,18 +94,19 @@ class ModelList:
 
     async def _ask_and_reply(self, model: str, connection: ClientConnection, waiting: Waiting) -> None:
         urls = [worker.url for pool in self._any_model_pools() for worker in self._dispatcher.workers(pool)]
-        async with httpx.AsyncClient(timeout=ASK_TIMEOUT_S) as client:
-            answers = await asyncio.gather(*(_ask(client, url) for url in urls))
+        async with httpx.AsyncClient(timeout=ASK_TIMEOUT_S, verify=self._trust.context) as client:
+            answers = await asyncio.gather(*(_ask(client, url, self._trust.server_name) for url in urls))
         self._asked = [entry for entries in answers for entry in entries]
         self._asked_at = time.monotonic()
         if not waiting.gone:
             self._reply(model, connection)
 
 
-async def _ask(client: httpx.AsyncClient, url: str) -> list[Entry]:
+async def _ask(client: httpx.AsyncClient, url: str, server_name: str | None) -> list[Entry]:
     """One worker's models; none where it does not answer as an engine does."""
     try:
-        answer = await client.get(f"{url}/v1/models")
+        extensions = {} if server_name is None else {"sni_hostname": server_name}
+        answer = await client.get(f"{url}/v1/models", extensions=extensions)
         if answer.status_code != 200 or len(answer.content) > MAX_ASKED_BYTES:
             return []
         data = orjson.loads(answer.content)["data"]

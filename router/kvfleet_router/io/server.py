@@ -17,6 +17,7 @@ from kvfleet_router.io.sockets import probe_silent_peer
 
 BACKLOG = 4096
 TLS_HANDSHAKE_TIMEOUT_S = 15.0
+UNIX = "unix:"
 
 
 class Handler(Protocol):
@@ -45,11 +46,20 @@ class Server:
         self._empty.set()
 
     async def listen(self, host: str, port: int, *, tls: ssl.SSLContext | None = None) -> int:
-        """Start to accept; returns the port (for port 0). Raises OSError where the address cannot be had."""
+        """Start to accept; returns the port (for port 0). `host`: an address, or several with commas between; `unix:PATH` is a
+        Unix socket. Raises OSError where an address cannot be had."""
+        for address in host.split(","):
+            if address.startswith(UNIX):
+                await self.listen_at(Path(address.removeprefix(UNIX)), tls=tls)
+            else:
+                port = await self._listen(address, port, tls)
+        return port
+
+    async def _listen(self, host: str, port: int, tls: ssl.SSLContext | None) -> int:
         loop = asyncio.get_running_loop()
         listener = await loop.create_server(
             lambda: cast(asyncio.Protocol, ClientConnection(self)),
-            host,
+            host.strip("[]"),
             port,
             backlog=BACKLOG,
             reuse_address=True,
@@ -74,10 +84,14 @@ class Server:
             self._listeners.append(listener)
             probe_silent_peer(sock)
 
-    async def listen_at(self, path: Path) -> None:
-        """Start to accept at a Unix socket."""
+    async def listen_at(self, path: Path, *, tls: ssl.SSLContext | None = None) -> None:
+        """Start to accept at a Unix socket; one that was left behind is replaced."""
         listener = await asyncio.get_running_loop().create_unix_server(
-            lambda: cast(asyncio.Protocol, ClientConnection(self)), path, backlog=BACKLOG
+            lambda: cast(asyncio.Protocol, ClientConnection(self)),
+            sock=_bound(path),
+            backlog=BACKLOG,
+            ssl=tls,
+            ssl_handshake_timeout=TLS_HANDSHAKE_TIMEOUT_S if tls else None,
         )
         self._listeners.append(listener)
 
@@ -115,3 +129,25 @@ class Server:
         self.connections.discard(connection)
         if not self.connections:
             self._empty.set()
+
+
+def _bound(path: Path) -> socket.socket:
+    """A Unix socket there. Raises OSError that names the path."""
+    if path.is_socket():
+        path.unlink()
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.bind(str(path))
+    except OSError as error:
+        sock.close()
+        raise OSError(error.errno, f"{path}: {error.strerror}") from error
+    return sock
+
+
+def addresses_text(host: str, port: int) -> str:
+    """Where `listen` listens, for people: `unix:/run/x`, `127.0.0.1:80`, `[::1]:80`."""
+    texts = []
+    for address in host.split(","):
+        bare = address.strip("[]")
+        texts.append(address if address.startswith(UNIX) else f"[{bare}]:{port}" if ":" in bare else f"{bare}:{port}")
+    return ", ".join(texts)

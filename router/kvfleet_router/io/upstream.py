@@ -28,6 +28,7 @@ import httptools
 from kvfleet_router.io import wire
 from kvfleet_router.io.sockets import limit_unacknowledged, probe_silent_peer
 from kvfleet_router.io.templates import MAX_ANSWER_MISSES, AnswerTemplate
+from kvfleet_router.io.tls import WorkerTrust
 
 if TYPE_CHECKING:
     from kvfleet_router.core.ticket import Ticket
@@ -67,8 +68,10 @@ class Receiver(Protocol):
 class Upstreams:
     """The connections to all workers."""
 
-    def __init__(self) -> None:
+    def __init__(self, trust: WorkerTrust | None = None) -> None:
         self.now = time.monotonic()
+        self.trust = trust or WorkerTrust()
+        """For workers with https addresses."""
         self._origins: dict[str, Origin] = {}
 
     def origin(self, worker: Worker) -> Origin:
@@ -107,6 +110,7 @@ class Origin:
         "port",
         "template",
         "template_misses",
+        "tls",
         "upstreams",
         "url",
     )
@@ -117,7 +121,8 @@ class Origin:
         self.name = name
         self.url = url
         self.host = parts.hostname or ""
-        self.port = parts.port or 80
+        self.tls = parts.scheme == "https"
+        self.port = parts.port or (443 if self.tls else 80)
         self.host_header = b" HTTP/1.1\r\nhost: %b\r\ncontent-length: " % parts.netloc.encode("latin-1")
         self.answer_header = b"\r\nx-kvfleet-worker: %b\r\nx-kvfleet-decision: " % wire.printable(name)
         self.idle: list[UpstreamConnection] = []
@@ -145,7 +150,14 @@ class Origin:
         """A new connection. Raises OSError."""
         loop = asyncio.get_running_loop()
         connection = UpstreamConnection(self)
-        await loop.create_connection(lambda: cast(asyncio.Protocol, connection), self.host, self.port)
+        trust = self.upstreams.trust
+        await loop.create_connection(
+            lambda: cast(asyncio.Protocol, connection),
+            self.host,
+            self.port,
+            ssl=trust.context if self.tls else None,
+            server_hostname=(trust.server_name or self.host) if self.tls else None,
+        )
         return connection
 
     def keep(self, connection: UpstreamConnection) -> None:
