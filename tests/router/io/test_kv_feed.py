@@ -13,7 +13,7 @@ import zmq
 import zmq.asyncio
 
 from kvfleet_router.core.kvevents.stream import Counts, Stream
-from kvfleet_router.io.kvevents.feed import END_OF_REPLAY, Feed
+from kvfleet_router.io.kvevents.feed import END_OF_REPLAY, Feed, Turn
 
 TIMEOUT_S = 20.0
 
@@ -88,7 +88,7 @@ async def following(
     stream = Stream(cache, counts, can_replay=replay)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     feed = Feed(
-        context, stream, publisher.url, publisher.replay_url if replay else None, lambda: malformed.append(None)
+        context, Turn(), stream, publisher.url, publisher.replay_url if replay else None, lambda: malformed.append(None)
     )
     try:
         yield stream, cache, malformed, counts

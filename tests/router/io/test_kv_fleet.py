@@ -187,7 +187,7 @@ async def test_a_prompt_in_flight_counts_as_cached_before_any_event(bench: Bench
     stream = await client.completions.create(model=MODEL, prompt=text, max_tokens=2000, stream=True)
     await client.completions.create(model=MODEL, prompt=text + " x", max_tokens=1)
     made, _ = last_try(router)
-    assert expected_of(made) > 1000
+    assert max(candidate["cached_tokens"] for candidate in made["candidates"]) > 1000
     await stream.close()
 
 

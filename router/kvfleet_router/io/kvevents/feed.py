@@ -1,8 +1,8 @@
 """One publisher followed: a SUB socket, and a DEALER for each replay, read as file descriptors of the event loop.
 
 ZMQ's file descriptor only tells that something may have changed: each time, messages are read until there are none, but for
-no longer than BUDGET_S at once, so that requests are not kept waiting. The socket's monitor tells when a connection was
-made: from then on the publisher may be another process (see core/kvevents/stream.py).
+no longer than BUDGET_S in one turn of the loop, all feeds together, so that requests are not kept waiting. The socket's monitor
+tells when a connection was made: from then on the publisher may be another process (see core/kvevents/stream.py).
 
 Nothing that comes is trusted: message sizes and queues are bounded, and what has not the form of a batch is counted.
 """
@@ -29,14 +29,34 @@ SEQUENCE_BYTES = 8
 _CONNECTED = zmq.Event.HANDSHAKE_SUCCEEDED
 
 
+class Turn:
+    """What all feeds together may take of one turn of the event loop."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._until: float | None = None
+
+    def left(self) -> bool:
+        """Whether there is time left; the first to ask begins the turn."""
+        now = time.perf_counter()
+        if self._until is None:
+            self._until = now + BUDGET_S
+            self._loop.call_soon(self._end)
+        return now < self._until
+
+    def _end(self) -> None:
+        self._until = None
+
+
 class Feed:
     """Use within a running event loop; `close` ends it."""
 
     def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], stream: Stream, events_url: str, replay_url: str | None,
-        on_malformed: Callable[[], None],
+        self, context: zmq.Context[zmq.Socket[bytes]], turn: Turn, stream: Stream, events_url: str,
+        replay_url: str | None, on_malformed: Callable[[], None],
     ) -> None:  # fmt: skip
         """Raises ValueError where a URL is none."""
+        self._turn = turn
         self._context = context
         self._stream = stream
         self._replay_url = replay_url
@@ -171,8 +191,7 @@ class Feed:
         if self._closed or socket.closed:
             return False
         any_read = False
-        until = time.perf_counter() + BUDGET_S
-        while True:
+        while self._turn.left():
             try:
                 frames = socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
@@ -183,9 +202,8 @@ class Feed:
             take(frames)
             if self._closed or socket.closed:
                 return any_read
-            if time.perf_counter() > until:
-                self._loop.call_soon(again)
-                return any_read
+        self._loop.call_soon(again)
+        return any_read
 
 
 def _descriptor(socket: zmq.Socket[bytes]) -> int:
