@@ -26,6 +26,7 @@ from kvfleet.inputs import (
     render_objects,
 )
 from kvfleet.router_command import router
+from kvfleet.tokenizer_command import tokenizer
 
 app = typer.Typer(
     name="kvfleet",
@@ -151,6 +152,7 @@ def demo(
 
 
 app.command()(router)
+app.command()(tokenizer)
 
 
 @app.command(context_settings=PASS_THROUGH)

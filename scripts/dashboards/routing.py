@@ -19,6 +19,8 @@ from dashboards.queries import (
 )
 
 CACHED = "kvfleet_router_cached_tokens_total"
+DIFFERENCE = "kvfleet_router_cached_tokens_difference"
+BY_VIEW = "by (namespace, pool, view, prediction)"
 PROMPT = total_rate("kvfleet_router_prompt_tokens_total", POOL, BY_POOL)
 RUNNING = f"vllm:num_requests_running{{{ENGINE}}}"
 
@@ -85,6 +87,28 @@ def _caches() -> list[Panel]:
             units.PercentUnit,
             [Query(f"{engines} / {asked}", "{{kvfleet_io_pool}}")],
             maximum=1,
+        ),
+        Panel(
+            "Cached tokens, predicted against reported",
+            "Mean distance per answer of what was expected of the chosen worker's cache from what its engine found: by KV events"
+            " (precise) and by guess (approximate), above and below.",
+            units.Short,
+            [
+                Query(
+                    f"{total_rate(f'{DIFFERENCE}_sum', POOL, BY_VIEW)} / {total_rate(f'{DIFFERENCE}_count', POOL, BY_VIEW)}",
+                    "{{pool}} {{view}} {{prediction}}",
+                )
+            ],
+        ),
+        Panel(
+            "KV events",
+            "What went wrong in following them: batches missed, caches forgotten because of it, engines that began anew, what could"
+            " not be understood.",
+            units.Short,
+            [
+                Query(f"sum by (namespace) ({rate(f'kvfleet_router_kv_event_{name}_total', NAMESPACE)})", name)
+                for name in ("gaps", "resets", "restarts", "malformed")
+            ],
         ),
     ]
 

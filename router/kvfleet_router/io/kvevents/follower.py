@@ -146,11 +146,6 @@ class Follower:
             return CacheView(APPROXIMATE, reason, message)
         return CacheView(PRECISE, "EventsFollowed", message)
 
-    @property
-    def active(self) -> bool:
-        """Some pool names a tokenizer."""
-        return bool(self._models)
-
     def views(self) -> Iterable[ModelView]:
         return [model.view for model in self._models.values() if model.view is not None]
 

@@ -15,9 +15,8 @@ PREFIX = "kvfleet_router_"
 def event_metrics(dispatcher: Dispatcher, follower: Follower) -> Callable[[], Iterable[Metric]]:
     def families() -> Iterable[Metric]:
         yield from _views(dispatcher, follower)
-        if follower.active:
-            yield from _streams(dispatcher, follower)
-            yield from _models(follower)
+        yield from _streams(dispatcher, follower)
+        yield from _models(follower)
 
     return families
 
