@@ -158,7 +158,7 @@ class _Simulation:
         ]
         self._by_name = {worker.name: worker for worker in self._workers}
         self._numbers = {worker.name: number for number, worker in enumerate(self._workers)}
-        believed = as_believed(config, block_tokens, options.calibration_error)
+        believed = as_believed(config, block_tokens, options.calibration_error, options.replicas)
         self._routers = [
             Dispatcher(
                 believed,
@@ -300,10 +300,11 @@ class _Simulation:
         """Every router tells all others what changed at it, in the messages it would send."""
         told = [message for sharing in self._sharing for message in sharing.flush()]
         if told:
-            for sharing in self._sharing:
+            for router, sharing in zip(self._routers, self._sharing, strict=True):
                 for message in told:
                     sharing.hear(message)
                 sharing.apply()
+                router.heard_routers = sharing.peers
         assert self._share_s is not None
         heappush(self._events, (self._now_s + self._share_s, SHARE, 0))
 

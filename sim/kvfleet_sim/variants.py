@@ -49,8 +49,8 @@ def uses_events(config: FleetConfig) -> bool:
     return published and all(policy.prefix.source != "Approximate" for policy in config.policies)
 
 
-def as_believed(config: FleetConfig, block_tokens: int, error: float) -> FleetConfig:
-    """The configuration the routers load: in blocks of the load, and as wrong about the workers as asked for."""
+def as_believed(config: FleetConfig, block_tokens: int, error: float, routers: int) -> FleetConfig:
+    """The configuration that so many routers load: in blocks of the load, and as wrong about the workers as asked for."""
     pools = [pool.model_copy(update={"cost": _misjudged(pool.cost, error)}) for pool in config.pools]
     policies = [
         policy.model_copy(
@@ -58,7 +58,7 @@ def as_believed(config: FleetConfig, block_tokens: int, error: float) -> FleetCo
         )
         for policy in config.policies
     ]
-    return config.model_copy(update={"pools": pools, "policies": policies})
+    return config.model_copy(update={"pools": pools, "policies": policies, "routers": routers})
 
 
 def _misjudged(cost: CostModel, error: float) -> CostModel:

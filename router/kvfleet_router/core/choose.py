@@ -35,21 +35,39 @@ class Choice(NamedTuple):
 
 
 def choose(
-    arrival: Arrival, candidates: Candidates, index: PrefixIndex, table: Table, rng: random.Random, now: float
+    arrival: Arrival,
+    candidates: Candidates,
+    index: PrefixIndex,
+    table: Table,
+    rng: random.Random,
+    now: float,
+    *,
+    near: float = 0.0,
 ) -> Choice:
-    """The worker that costs least for this request; `candidates` must not be empty."""
+    """The worker that costs least for this request; `candidates` must not be empty.
+
+    `near` above 0: other routers choose among the same workers, and nothing is known of what they choose. Then all whose cost is
+    at most this share above the least may be had, and the better of two of them, drawn at random, is taken: not all at once the
+    one that looks best to all.
+    """
     policy = arrival.lane.policy
     match = index.match(arrival.blocks) if arrival.blocks else []
     if arrival.asked:
         look_up(arrival, now)
     if policy.columns_from is not None and len(candidates.workers) >= policy.columns_from:
-        return _choose_by_columns(arrival, policy, candidates, match, table, rng, now)
+        return _choose_by_columns(arrival, policy, candidates, match, table, rng, now, near)
     workers = policy.shortlist(candidates.workers, rng)
-    return _choose_one_by_one(arrival, policy, workers, match, rng, now)
+    return _choose_one_by_one(arrival, policy, workers, match, rng, now, near)
 
 
 def _choose_one_by_one(
-    arrival: Arrival, policy: Policy, workers: Sequence[Worker], match: Match, rng: random.Random, now: float
+    arrival: Arrival,
+    policy: Policy,
+    workers: Sequence[Worker],
+    match: Match,
+    rng: random.Random,
+    now: float,
+    near: float,
 ) -> Choice:
     cached, depths = [0.0] * len(workers), [0] * len(workers)
     if match:
@@ -70,6 +88,10 @@ def _choose_one_by_one(
     least = min(costs)
     equals = [place for place, cost in enumerate(costs) if cost <= least + policy.tie]
     winner = equals[0] if len(equals) == 1 else equals[int(rng.random() * len(equals))]
+    if near:
+        winner = _better_of_two(
+            [place for place, cost in enumerate(costs) if cost <= least + near * abs(least)], costs, rng, winner
+        )
     kept: Sequence[int] = range(len(workers))
     if len(workers) > MAX_CANDIDATES:
         kept = sorted(kept, key=costs.__getitem__)[:MAX_CANDIDATES]
@@ -78,7 +100,14 @@ def _choose_one_by_one(
 
 
 def _choose_by_columns(
-    arrival: Arrival, policy: Policy, candidates: Candidates, match: Match, table: Table, rng: random.Random, now: float
+    arrival: Arrival,
+    policy: Policy,
+    candidates: Candidates,
+    match: Match,
+    table: Table,
+    rng: random.Random,
+    now: float,
+    near: float,
 ) -> Choice:
     workers, slots = candidates.workers, candidates.slots
     most = arrival.prompt_tokens - 1.0
@@ -94,6 +123,10 @@ def _choose_by_columns(
     costs = parts.sum(axis=0)
     equals = np.flatnonzero(costs <= costs.min() + policy.tie)
     winner = int(equals[0] if len(equals) == 1 else equals[int(rng.random() * len(equals))])
+    if near:
+        least = float(costs.min())
+        nearly = np.flatnonzero(costs <= least + near * abs(least)).tolist()
+        winner = _better_of_two(nearly, costs.tolist(), rng, winner)
     kept = (
         np.argpartition(costs, MAX_CANDIDATES - 1)[:MAX_CANDIDATES]
         if len(workers) > MAX_CANDIDATES
@@ -104,3 +137,8 @@ def _choose_by_columns(
     return Choice(
         workers[winner], float(cached[winner]), int(depths[winner]), float(costs[winner]), scored, len(workers)
     )
+
+
+def _better_of_two(places: list[int], costs: list[float], rng: random.Random, best: int) -> int:
+    """The better of two places drawn at random; `best` where there are no two."""
+    return min(rng.sample(places, 2), key=costs.__getitem__) if len(places) > 1 else best

@@ -54,6 +54,8 @@ _CLOSED_REFUSAL = Refusal(
 )
 
 
+NEAR_SHARE = 0.05
+"""While there are routers that are not heard: how much dearer than the least a worker may be and still be chosen."""
 NOTHING: Mapping[str, float] = MappingProxyType({})
 
 
@@ -93,7 +95,7 @@ class Dispatcher:
     @heard_routers.setter
     def heard_routers(self, count: int) -> None:
         self._heard_routers = count
-        self._placement.strangers = max(self.config.routers - 1 - count, 0)
+        self._placement.near = NEAR_SHARE if count < self.config.routers - 1 else 0.0
 
     def configure(self, config: FleetConfig) -> None:
         """Take a new configuration; workers keep their state, tickets their policy. Raises ConfigError with nothing changed."""

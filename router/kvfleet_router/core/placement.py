@@ -60,8 +60,8 @@ class Placement:
         self.queue = HoldQueue()
         self.placed: list[Placed] | None = None
         """Prompts that brought a worker new blocks, for the other replicas of the router; none: there are none."""
-        self.strangers = 0
-        """Other routers of the fleet of which nothing is known."""
+        self.near = 0.0
+        """See `choose`."""
         self._fleet = fleet
         self._rng = rng
         self._outbox: deque[tuple[Held, Ticket | Refusal]] = deque()
@@ -232,7 +232,7 @@ class Placement:
                 if within is None:
                     return NO_ROOM
                 candidates = within
-        choice = choose(arrival, candidates, self._fleet.index, self._fleet.table, self._rng, now)
+        choice = choose(arrival, candidates, self._fleet.index, self._fleet.table, self._rng, now, near=self.near)
         if lane.prefill_pools and divisible(arrival, choice):
             return self._pick_prefill(arrival, now) or (arrival, choice, False)
         return arrival, choice, False

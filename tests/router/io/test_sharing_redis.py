@@ -296,4 +296,4 @@ async def test_nothing_answers_where_the_url_points(bench: Bench, slow: Slow, un
     assert await replicas.ask(app) == 200
     ready = await bench.ask(app, b"GET /readyz HTTP/1.1\r\nHost: r\r\n\r\n", admin=True)
     assert ready.status == 200, orjson.dumps(ready.json())
-    assert app.dispatcher._placement.strangers == 1
+    assert app.dispatcher._placement.near > 0
