@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from kvfleet import simulate
-from kvfleet.fleet import compile_manifests, render_objects
+from kvfleet.fleet import compile_manifests
+from kvfleet.inputs import render_objects
 from kvfleet.local import LocalFleet
 from kvfleet.replay import Outcome, replay
 from kvfleet_api.fleetconfig import FleetConfig
-from kvfleet_api.manifests import Manifests, load
+from kvfleet_api.manifests import Manifests, load, with_bundled
 from kvfleet_sim.outcomes import Slo, unloaded_ttft_s
 from kvfleet_sim.saturation import saturation_rps
 from kvfleet_sim.traces import TraceRow
@@ -82,7 +83,8 @@ def setting(trace: str, count: int, share: float, workers: int, seed: int = 0) -
 async def running(setting: Setting, directory: Path, *, strategy: str, speed: float) -> AsyncIterator[LocalFleet]:
     """The workers as processes with cold caches, and a kvfleet router in front."""
     objects = render_objects(setting.manifests)
-    async with LocalFleet(objects, setting.manifests.profiles, directory, speed=speed, strategy=strategy) as fleet:
+    profiles = with_bundled(setting.manifests.profiles)
+    async with LocalFleet(objects, profiles, directory, speed=speed, strategy=strategy) as fleet:
         yield fleet
 
 

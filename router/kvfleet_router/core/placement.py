@@ -16,8 +16,9 @@ from heapq import heapify, heappop, heappush
 from math import ceil
 from typing import NamedTuple
 
+from kvfleet_router.core.affinity import PATIENCE_S, Affinity, crowded
 from kvfleet_router.core.choose import Choice, choose
-from kvfleet_router.core.decisions import Outcome, Try
+from kvfleet_router.core.decisions import MAX_CANDIDATES, Outcome, Try
 from kvfleet_router.core.disaggregation import divisible
 from kvfleet_router.core.energy import marginal_joules, watts
 from kvfleet_router.core.exact import note
@@ -62,6 +63,7 @@ class Placement:
         """Prompts that brought a worker new blocks, for the other replicas of the router; none: there are none."""
         self.near = 0.0
         """See `choose`."""
+        self._affinity = Affinity()
         self._fleet = fleet
         self._rng = rng
         self._outbox: deque[tuple[Held, Ticket | Refusal]] = deque()
@@ -233,9 +235,29 @@ class Placement:
                     return NO_ROOM
                 candidates = within
         choice = choose(arrival, candidates, self._fleet.index, self._fleet.table, self._rng, now, near=self.near)
+        if arrival.parsed.session_id is not None or lane.adapter:
+            choice = self._as_preferred(arrival, candidates, choice, now)
         if lane.prefill_pools and divisible(arrival, choice):
             return self._pick_prefill(arrival, now) or (arrival, choice, False)
         return arrival, choice, False
+
+    def _as_preferred(self, arrival: Arrival, candidates: Candidates, choice: Choice, now: float) -> Choice:
+        """The choice among the workers that the request would rather go to, unless that costs too much."""
+        workers = candidates.workers
+        preferred = self._affinity.preferred(arrival, workers, now)
+        if not preferred or choice.worker in preferred:
+            return choice
+        policy = arrival.lane.policy
+        if not policy.in_seconds:
+            preferred = [worker for worker in preferred if not crowded(worker, workers)]
+            if not preferred:
+                return choice
+        other = choose(arrival, Candidates(preferred), self._fleet.index, self._fleet.table, self._rng, now)
+        if policy.in_seconds and other.cost > choice.cost + PATIENCE_S:
+            return choice
+        known = {name for name, *_ in other.scored}
+        scored = (*other.scored, *[one for one in choice.scored if one[0] not in known])[:MAX_CANDIDATES]
+        return other._replace(scored=scored, candidate_count=choice.candidate_count)
 
     def _pick_prefill(self, arrival: Arrival, now: float) -> tuple[Arrival, Choice, bool] | None:
         """The Prefill worker for this prompt, and the arrival as it looks there; None: all are gone, full or failed."""
@@ -281,6 +303,8 @@ class Placement:
         worker.sent(ticket, now)
         if self.placed is not None and choice.cached_blocks < len(pinned):
             self.placed.append((worker, pinned, choice.cached_blocks))
+        if not hands_on and (parsed.session_id is not None or arrival.lane.adapter):
+            self._affinity.assigned(arrival, worker, now)
         self._assigned += 1
         if not parsed.stream:
             self._presume_at(now + predicted_ttft_s, ticket)

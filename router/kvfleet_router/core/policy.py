@@ -30,6 +30,8 @@ class Policy(ABC):
     """Wants cached tokens: else prompts are not even hashed."""
     measures_cost: ClassVar[bool] = False
     """Compares workers of different pools by itself: else a pool is drawn by weight first."""
+    in_seconds: ClassVar[bool] = False
+    """Costs are seconds: what a preference is worth (affinity.py) can be compared with them."""
     columns_from: ClassVar[int | None] = None
     """Number of candidates from which `score_many` is faster; none: there is no `score_many`."""
 

@@ -52,6 +52,8 @@ class Lane:
         self.config = config
         self.policy = policy
         self.model = model
+        self.adapter = False
+        """The model is a LoRA adapter of the pools'."""
         self.rescan_at = 0.0
         """Held requests of the lane are not decided again before."""
         self.budget = RetryBudget(config.resilience.retry_budget_percent / 100)
@@ -73,6 +75,7 @@ class Lane:
         """Those that compute prompts for Decode pools (disaggregation.py)."""
         self._longest_context = max((pool.config.max_context_tokens or 2**62 for pool in self.pools), default=0)
         every = (*self.pools, *self.prefill_pools)
+        self.adapter = any(model in pool.config.adapters for pool in every)
         self._context_limited = any(pool.config.max_context_tokens for pool in every)
 
     def matches(self, parsed: ParsedRequest, prompt_tokens: float) -> bool:

@@ -1,6 +1,6 @@
 """kvfleet: send each request where it costs least: its own time, the others' time, the SLO, energy.
 
-    cost = TTFT + φ·min(1, share/½)·own + harm + evict + slo + λ·ΔE                                    seconds, argmin
+    cost = TTFT + φ·own + harm + evict + slo + λ·ΔE                                    seconds, argmin
 
     TTFT   = backlog + own + step + kv_wait                                            (core/predict.py)
     harm   = aP·own·n_dec + bD·E·[(H + C·(L + E/2))·n1 + H·n1 + C·ctx]                 what it slows, and is slowed
@@ -15,8 +15,7 @@
 
     L prompt tokens, u uncached, E expected output, n_dec decoding, n1 decoding and pending, slack = deadline − now.
 
-Intent. Backlog is measured in time, so a short prompt does not queue behind an 80k one. A worker's prefill is also the waiting
-time of whoever comes next, the more likely the busier it is. The SLO term is marginal: a worker
+Intent. Backlog is measured in time, so a short prompt does not queue behind an 80k one. The SLO term is marginal: a worker
 beyond its SLO costs nothing more, so overload is concentrated instead of pushing every worker just over the line. Its stall
 term is what means over 20 s miss: an answer of few tokens has no time to recover from one long prefill right behind its own,
 and the prompts pending on a worker are exactly those whose answers begin when this prefill does. An answer longer than its
@@ -51,7 +50,7 @@ from kvfleet_router.core.worker import PREFILL_SHARE_WINDOW_S, Worker
 class Weights:
     """The policy's constants; symbols in brackets are those of the formula."""
 
-    own_prefill: float  # [φ] own prefill time again, on a worker that prefills half of its time or more
+    own_prefill: float  # [φ] own prefill time again: it is also everyone else's waiting time
     prefill_harm: float  # [aP] seconds of prefill x sequences it interrupts
     decode_harm: float  # [bD] seconds of slower steps, its own and the others'
     eviction: float  # [gE] seconds to prefill again what it evicts
@@ -75,7 +74,7 @@ LATENCY = Weights(
 )
 """LAT: least mean TTFT, indifferent to SLOs."""
 GOODPUT = Weights(
-    own_prefill=3.0,
+    own_prefill=1.5,
     prefill_harm=0.0,
     decode_harm=0.03,
     eviction=1.0,
@@ -96,8 +95,6 @@ ENERGY_OFF_ABOVE_LOAD = 0.6
 around the share of the capacity that is asked for: at 0.8 of it the policy is the latency policy all the time."""
 FADING_STEPS = 20
 
-BUSY_PREFILL_SHARE = 0.5
-"""From this share of its time in prefill on, whoever comes to a worker next will most likely wait for the prefill now added."""
 EVICTION_AGE_S = 60.0
 ITL_SHARPNESS = 0.06
 TTFT_SHARPNESS = 0.05
@@ -111,6 +108,7 @@ class KVFleet(Policy):
     parts = ("backlog", "prefill", "step", "kv_wait", "prefill_weight", "harm", "evict", "slo", "energy")
     uses_prefix = True
     measures_cost = True
+    in_seconds = True
     columns_from = 40
     tie = 0.0005
 
@@ -142,7 +140,6 @@ class KVFleet(Policy):
         share = worker.prefill_share
         if share:
             share *= exp((worker.prefill_share_at - now) / PREFILL_SHARE_WINDOW_S)
-        weight = weights.own_prefill * (share / BUSY_PREFILL_SHARE if share < BUSY_PREFILL_SHARE else 1.0)
 
         harm = slo = 0.0
         if sequences:
@@ -175,7 +172,7 @@ class KVFleet(Policy):
             slo += weights.ttft_slo_s * _sigmoid((ttft - weights.ttft_margin * slack) / (TTFT_SHARPNESS * slack))
 
         energy = price * marginal_joules(arrival, worker, uncached) if price else 0.0
-        return backlog, own, step, kv_wait, weight * own, harm, evict, slo, energy
+        return backlog, own, step, kv_wait, weights.own_prefill * own, harm, evict, slo, energy
 
     def score_many(self, arrival: Arrival, workers: Columns, cached_tokens: Array, now: float) -> tuple[Array, ...]:
         weights, price = self._weights(arrival.load) if self._prices_energy else (self.latency, 0.0)
@@ -188,7 +185,6 @@ class KVFleet(Policy):
         per_sequence, per_token = workers.step_s_per_sequence, workers.step_s_per_context_token
 
         share = workers.prefill_share * np.exp((workers.prefill_share_at - now) / PREFILL_SHARE_WINDOW_S)
-        weight = weights.own_prefill * np.minimum(share / BUSY_PREFILL_SHARE, 1.0)
 
         added = per_sequence * 2.0 + per_token * (prompt + expected / 2)
         harm = weights.decode_harm * expected * (added * sequences + per_token * workers.context_tokens)
@@ -219,7 +215,7 @@ class KVFleet(Policy):
             slo += weights.ttft_slo_s * _sigmoids((ttft - weights.ttft_margin * slack) / (TTFT_SHARPNESS * slack))
 
         energy = price * marginal_joules_many(arrival, workers, uncached) if price else np.zeros_like(own)
-        return backlog, own, step, kv_wait, weight * own, harm, evict, slo, energy
+        return backlog, own, step, kv_wait, weights.own_prefill * own, harm, evict, slo, energy
 
 
 class KVFleetLatency(KVFleet):

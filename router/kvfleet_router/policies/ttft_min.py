@@ -19,6 +19,7 @@ class TTFTMin(Policy):
     parts = ("backlog", "prefill", "step", "kv_wait")
     uses_prefix = True
     measures_cost = True
+    in_seconds = True
     columns_from = 40
     tie = 0.0005
 

@@ -51,7 +51,7 @@ def test_an_idle_worker_costs_its_prefill_and_a_step():
     parts, _ = parts_of(one_worker(), request(2000))
     own = COST.prefill_s(2000, 2000) * (1 + COST.step_s / (8192 * COST.prefill_s_per_token))
     assert parts["prefill"] == pytest.approx(own)
-    assert parts["prefill_weight"] == 0.0  # nobody comes to an idle worker soon
+    assert parts["prefill_weight"] == pytest.approx(GOODPUT.own_prefill * own)
     assert parts["step"] == COST.step_s
     assert parts["backlog"] == parts["kv_wait"] == parts["harm"] == parts["evict"] == parts["energy"] == 0.0
     assert 0 <= parts["slo"] < 1e-3
@@ -79,11 +79,6 @@ def test_latency_constants_count_interrupted_sequences_and_no_slo():
     worker = decoding(fleet, 10)
     parts, _ = parts_of(fleet, request(1000))
     assert parts["slo"] == 0.0
-    worker.prefill_share, worker.prefill_share_at = 0.25, fleet.now
-    parts, _ = parts_of(fleet, request(1000))
-    assert parts["prefill_weight"] == pytest.approx(LATENCY.own_prefill * parts["prefill"] / 2)
-    worker.prefill_share = 0.8
-    parts, _ = parts_of(fleet, request(1000))
     assert parts["prefill_weight"] == pytest.approx(LATENCY.own_prefill * parts["prefill"])
     goodput, _ = parts_of(one_worker(), request(1000))
     assert parts["harm"] - goodput["harm"] > LATENCY.prefill_harm * parts["prefill"] * worker.decoding
