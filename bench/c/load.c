@@ -1,9 +1,11 @@
 /* load: a closed loop of chat completions, for measuring a router.
 
-   load -p PORT -c CONNECTIONS -s SECONDS [-n REQUESTS] [-b PROMPT_BYTES] [-g GROUPS] [-k CHUNKS] [-o OFFSET]
+   load -p PORT -c CONNECTIONS -s SECONDS [-n REQUESTS] [-r PER_SECOND] [-b PROMPT_BYTES] [-g GROUPS] [-k CHUNKS] [-o OFFSET]
 
-   Every connection keeps one request under way. Half of a prompt is one of GROUPS shared beginnings (the system message),
-   the rest is told apart by the request's number, counted from OFFSET. With -k the answers are streams of so many events.
+   Every connection keeps one request under way. With -r requests come at that rate instead, each due at its own time and sent
+   on an idle connection; latencies count from when it was due, so a late one hides nothing. Half of a prompt is one of GROUPS
+   shared beginnings (the system message; 0: nothing is shared), the rest is told apart by the request's number, counted from
+   OFFSET. With -k the answers are streams of so many events.
    Prints one line of JSON: requests done, failures, latencies in microseconds, and for streams the delay of single events
    from the worker's write to our read. */
 #include "wire.h"
@@ -20,10 +22,10 @@ typedef struct {
 
 static int port, connections = 32, groups = 8, prompt_bytes = 1024;
 static long chunks, offset, max_requests = 1000000000, issued, done, failed;
-static double seconds = 5;
+static double seconds = 5, rate;
 static char *text;
 static int epoll;
-static uint64_t stop_at;
+static uint64_t began, stop_at;
 static uint32_t *latency, *delay;
 static long latencies, delays, all_events;
 
@@ -42,11 +44,11 @@ static void add(Buffer *b, const char *string) { buffer_add(b, string, strlen(st
 static void write_request(Connection *c, uint64_t number) {
   static Buffer body;
   char line[256];
-  int shared = prompt_bytes / 2;
+  int shared = groups ? prompt_bytes / 2 : 0;
   uint64_t mixed = (number + 1) * 0x9E3779B97F4A7C15ull;
   body.start = body.end = 0;
   add(&body, "{\"model\":\"bench\",\"messages\":[{\"role\":\"system\",\"content\":\"");
-  buffer_add(&body, text + (number % groups) * 40009, shared);
+  buffer_add(&body, text + (groups ? number % groups * 40009 : 0), shared);
   snprintf(line, sizeof line, "\"},{\"role\":\"user\",\"content\":\"%016lx", mixed);
   add(&body, line);
   buffer_add(&body, text + mixed % TEXT, prompt_bytes - shared);
@@ -69,15 +71,19 @@ static void flush(Connection *c) {
   else epoll_ctl(epoll, EPOLL_CTL_MOD, c->fd, &event);
 }
 
+static uint64_t due(long number) { return rate ? began + number * (1e9 / rate) : 0; }
+
+static int over(void) { return issued >= max_requests || now_ns() > stop_at; }
+
 static void next_request(Connection *c) {
   c->busy = 0;
-  if (issued >= max_requests || now_ns() > stop_at) return;
+  if (over() || due(issued) > now_ns()) return;
   c->busy = 1;
   c->state = HEAD;
   c->events = 0;
   c->lines.start = c->lines.end = 0;
+  c->started = rate ? due(issued) : now_ns();
   write_request(c, offset + issued++);
-  c->started = now_ns();
   flush(c);
 }
 
@@ -97,6 +103,14 @@ static void finish(Connection *c) {
     if (latencies < MAX_SAMPLES) latency[latencies++] = (now_ns() - c->started) / 1000;
   }
   next_request(c);
+}
+
+/* At a rate: give what is due to idle connections; returns nanoseconds until the next is. */
+static uint64_t issue_due(Connection *all) {
+  for (int i = 0; i < connections && !over() && due(issued) <= now_ns(); i++)
+    if (!all[i].busy) next_request(&all[i]);
+  uint64_t now = now_ns(), next = due(issued);
+  return next > now ? next - now : 200000;
 }
 
 /* Routers may cut a stream into other HTTP chunks than the worker did: events are found by lines. */
@@ -174,11 +188,12 @@ static uint32_t percentile(uint32_t *samples, long count, double share) {
 }
 
 static void options(int argc, char **argv) {
-  for (int option; (option = getopt(argc, argv, "p:c:s:n:b:g:k:o:")) > 0;) {
+  for (int option; (option = getopt(argc, argv, "p:c:s:n:r:b:g:k:o:")) > 0;) {
     if (option == 'p') port = atoi(optarg);
     else if (option == 'c') connections = atoi(optarg);
     else if (option == 's') seconds = atof(optarg);
     else if (option == 'n') max_requests = atol(optarg);
+    else if (option == 'r') rate = atof(optarg);
     else if (option == 'b') prompt_bytes = atoi(optarg);
     else if (option == 'g') groups = atoi(optarg);
     else if (option == 'k') chunks = atol(optarg);
@@ -203,24 +218,26 @@ int main(int argc, char **argv) {
     text[i] = "abcdefghijklmnopqrstuvwxyz      "[random >> 20 & 31];
   }
   Connection *all = calloc(connections, sizeof *all);
-  uint64_t started = now_ns();
-  stop_at = started + seconds * 1e9;
+  began = now_ns();
+  stop_at = began + seconds * 1e9;
   for (int i = 0; i < connections; i++) open_connection(&all[i]);
   for (int i = 0; i < connections; i++) next_request(&all[i]);
   uint64_t give_up = stop_at + 30000000000ull;
   for (int busy = 1; busy && now_ns() < give_up;) {
     struct epoll_event events[EVENTS];
-    int count = epoll_wait(epoll, events, EVENTS, 200);
+    uint64_t wait = rate && !over() ? issue_due(all) : 200000000;
+    struct timespec timeout = {wait / 1000000000ull, wait % 1000000000ull};
+    int count = epoll_pwait2(epoll, events, EVENTS, &timeout, NULL);
     for (int i = 0; i < count; i++) {
       Connection *c = events[i].data.ptr;
       if (events[i].events & EPOLLOUT) flush(c);
       if (events[i].events & (EPOLLIN | EPOLLHUP | EPOLLERR)) readable(c);
     }
-    busy = 0;
+    busy = rate && !over();
     for (int i = 0; i < connections; i++) busy += all[i].busy;
     failed += busy && now_ns() >= give_up ? busy : 0;
   }
-  double elapsed = (now_ns() - started) / 1e9;
+  double elapsed = (now_ns() - began) / 1e9;
   printf("{\"done\":%ld,\"failed\":%ld,\"elapsed_s\":%.3f,\"p50_us\":%u,\"p99_us\":%u,\"events\":%ld,\"event_p50_us\":%u,\"event_p99_us\":%u}\n",
          done, failed, elapsed, percentile(latency, latencies, .5), percentile(latency, latencies, .99), all_events,
          percentile(delay, delays, .5), percentile(delay, delays, .99));

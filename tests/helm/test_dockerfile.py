@@ -73,7 +73,10 @@ def packages_are_pinned(instructions: Instructions) -> bool:
     """Every `pip install` follows the constraints."""
     runs = arguments(instructions, "RUN")
     return all(
-        "--constraint constraints.txt" in step for run in runs for step in run.split("&&") if " install " in step
+        "--constraint constraints.txt" in step
+        for run in runs
+        for step in run.split("&&")
+        if " install " in step and "apt-get" not in step
     )
 
 
