@@ -7,8 +7,12 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from kvfleet_api.compile import static_fleet
+from kvfleet_api.fleetconfig import FleetConfig
+from kvfleet_api.resolve import GENERIC_COST
 
 KVFLEET = Path(__file__).resolve().parent.parent / "router" / "kvfleet_router"
 
@@ -34,19 +38,34 @@ def compiled() -> bool:
     return any(KVFLEET.rglob(f"*{sysconfig.get_config_var('EXT_SUFFIX')}"))
 
 
+def idle_fleet(ports: Sequence[int], strategy: str) -> FleetConfig:
+    """The benchmark's workers as they are: what they do takes no time. (With a real engine's figures kvfleet would wait for
+    prefills that nobody computes, and decide again and again.)"""
+    cost = replace(
+        GENERIC_COST,
+        prefill_s_per_token=1e-8,
+        prefill_s_per_token_pair=0.0,
+        step_s=1e-4,
+        step_s_per_sequence=1e-7,
+        step_s_per_context_token=0.0,
+    )
+    return static_fleet(urls(ports), strategy, cost=cost)
+
+
 def kvfleet(strategy: str, build: str) -> Router:
     """`build`: compiled, or plain: a copy of the sources alone."""
 
     def command(port: int, admin: int, workers: Sequence[int], directory: Path) -> list[str]:
         listen = ["--host", "127.0.0.1", "--port", str(port), "--admin-port", str(admin), "--log-level", "warning"]
-        options = ["--workers", ",".join(urls(workers)), "--strategy", strategy]
-        run = [sys.executable, "-m", "kvfleet", "router", *listen, *options]
+        fleet = directory / f"{strategy}.json"
+        fleet.write_text(idle_fleet(workers, strategy).model_dump_json(by_alias=True))
+        run = [sys.executable, "-m", "kvfleet", "router", *listen, "--config", str(fleet)]
         if build == "compiled":
             return run
         plain = directory / "plain"
         if not plain.exists():
             shutil.copytree(KVFLEET, plain / KVFLEET.name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-        return ["env", f"PYTHONPATH={plain}", *run]
+        return ["env", f"PYTHONPATH={plain}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", *run]
 
     return Router(f"kvfleet {strategy}, {build}", command)
 
@@ -128,9 +147,13 @@ def rust_gateway(name: str, program: Sequence[str], policy: str) -> Router:
     return Router(f"{name} {policy}", command)
 
 
+def floor(port: int, admin: int, workers: Sequence[int], directory: Path) -> list[str]:
+    return [sys.executable, str(Path(__file__).with_name("floor.py")), str(port), *map(str, workers)]
+
+
 def peers(venvs: Sequence[Path]) -> dict[str, Router]:
     """Every peer found on this machine."""
-    found = []
+    found = [Router("uvloop passing bytes", floor)]
     system = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin"))
     if program := shutil.which("nginx", path=system):
         found.append(configured("nginx", program, ["-c", "{file}"], NGINX, "server 127.0.0.1:{port};", ".conf"))

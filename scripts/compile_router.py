@@ -24,6 +24,30 @@ SOURCES = ROOT / "router"
 PACKAGE = SOURCES / "kvfleet_router"
 GROUP = "kvfleet_router_compiled"
 """What the shared library of all modules is named after: GROUP__mypyc."""
+CORE_MODULES = (
+    "breaker",
+    "budget",
+    "calibration",
+    "choose",
+    "columns",
+    "decisions",
+    "disaggregation",
+    "dispatcher",
+    "energy",
+    "hashing",
+    "holdqueue",
+    "index",
+    "learning",
+    "parse",
+    "placement",
+    "policy",
+    "pool",
+    "predict",
+    "routes",
+    "ticket",
+    "worker",
+)
+"""Of kvfleet_router.core the same. Not `bodies`: msgspec reads its annotations, which compiled modules do not keep."""
 IO_MODULES = (
     "connection",
     "dechunker",
@@ -37,9 +61,7 @@ IO_MODULES = (
     "verdict",
     "wire",
 )
-"""Of kvfleet_router.io what every request goes through; core and policies are compiled whole."""
-NOT_COMPILED = ("__init__", "bodies")
-"""bodies: msgspec reads its annotations, which compiled modules do not keep."""
+"""Of kvfleet_router.io what every request goes through; policies are compiled whole."""
 _SETUP = """
 from mypyc.build import mypycify
 from setuptools import setup
@@ -51,10 +73,9 @@ setup(name={group!r}, version="0", ext_modules=modules, script_args=["build_ext"
 
 def sources() -> list[Path]:
     """The modules to compile."""
-    pure = [
-        path for part in ("core", "policies") for path in (PACKAGE / part).glob("*.py") if path.stem not in NOT_COMPILED
-    ]
-    return sorted(pure + [PACKAGE / "io" / f"{name}.py" for name in IO_MODULES])
+    named = [PACKAGE / "core" / f"{name}.py" for name in CORE_MODULES]
+    named += [PACKAGE / "io" / f"{name}.py" for name in IO_MODULES]
+    return sorted(named + [path for path in (PACKAGE / "policies").glob("*.py") if path.stem != "__init__"])
 
 
 def built() -> list[Path]:

@@ -7,12 +7,14 @@ On probation one request at a time is let through; its success closes the circui
 
 from __future__ import annotations
 
-MAX_CONSECUTIVE_FAILURES = 3
-FIRST_PAUSE_S = 1.0
-LONGEST_PAUSE_S = 60.0
-SHARE_WEIGHT = 0.1
+from typing import Final
+
+MAX_CONSECUTIVE_FAILURES: Final = 3
+FIRST_PAUSE_S: Final = 1.0
+LONGEST_PAUSE_S: Final = 60.0
+SHARE_WEIGHT: Final = 0.1
 """Of the latest request in the share of failures: about the last ten count."""
-RECOVERED_SHARE = 0.25
+RECOVERED_SHARE: Final = 0.25
 """Below it, past pauses are forgotten."""
 
 

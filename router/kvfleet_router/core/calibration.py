@@ -16,38 +16,39 @@ moves little, and stays within bounds that no real engine leaves.
 from __future__ import annotations
 
 from math import expm1
+from typing import Final
 
-FADE = 0.99
+FADE: Final = 0.99
 """Weight of the past at each sample: the last hundred samples or so count."""
 
-PREFILL_PRIOR_S = 0.5
+PREFILL_PRIOR_S: Final = 0.5
 """The prior counts as this much observed prefill time."""
 PREFILL_FACTOR_BOUNDS = (0.05, 20.0)
 
-STEP_PRIOR_SAMPLES = 2.0
-STEP_PRIOR_SPREAD = 512.0
+STEP_PRIOR_SAMPLES: Final = 2.0
+STEP_PRIOR_SPREAD: Final = 512.0
 """Sum of squared deviations of the batch size below which samples teach the level of the step time and not its slope."""
 STEP_FACTOR_BOUNDS = (0.1, 10.0)
-STEP_SAMPLE_FACTOR = 2.0
+STEP_SAMPLE_FACTOR: Final = 2.0
 """A single sample moves the fit no further than if it were off by this factor: an outlier is most likely no decode step."""
 
-PUBLISH_CHANGE = 0.02
+PUBLISH_CHANGE: Final = 0.02
 """Workers take over the pool's figures when they have changed by this much."""
-ALIKE_WITHIN = 0.25
+ALIKE_WITHIN: Final = 0.25
 """A worker is like its pool as long as its times are within this of what the pool's figures predict."""
-PREFILL_ALIKE_PRIOR_S = 1.0
-STEP_ALIKE_PRIOR_S = 0.1
+PREFILL_ALIKE_PRIOR_S: Final = 1.0
+STEP_ALIKE_PRIOR_S: Final = 0.1
 
-DEFAULT_BYTES_PER_TOKEN = 4.0
+DEFAULT_BYTES_PER_TOKEN: Final = 4.0
 BYTES_PER_TOKEN_BOUNDS = (0.5, 32.0)
-TOKEN_PRIOR = 4096.0
+TOKEN_PRIOR: Final = 4096.0
 """The prior of bytes per token counts as this many tokens."""
 
-DEFAULT_OUTPUT_TOKENS = 256.0
-OUTPUT_PRIOR_SAMPLES = 8.0
+DEFAULT_OUTPUT_TOKENS: Final = 256.0
+OUTPUT_PRIOR_SAMPLES: Final = 8.0
 OUTPUT_EDGES = tuple(2**power for power in range(13))
 """The distribution of output lengths is known at 1, 2, 4 … 4096 tokens."""
-MAX_TENANTS = 4096
+MAX_TENANTS: Final = 4096
 
 
 def _within(value: float, bounds: tuple[float, float]) -> float:

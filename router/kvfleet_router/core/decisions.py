@@ -6,9 +6,9 @@ decision's id carries its sequence number, so looking one up needs no index, and
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
-MAX_CANDIDATES = 8
+MAX_CANDIDATES: Final = 8
 """Candidates kept per try: the best ones."""
 
 

@@ -19,7 +19,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Final
 
 from kvfleet_api.fleetconfig import FleetConfig
 from kvfleet_api.routingpolicy import ResilienceSpec
@@ -41,9 +41,9 @@ from kvfleet_router.core.worker import Load, Worker, WorkerEndpoint
 
 __all__ = ["ConfigError", "Dispatcher", "Held", "Load", "Refusal", "Ticket", "Worker", "WorkerEndpoint"]
 
-UNLOADED_FACTOR = 3.0
+UNLOADED_FACTOR: Final = 3.0
 """A prompt so long that its prefill alone is near the TTFT SLO is due after this many times its unloaded TTFT."""
-HELD_TICK_S = 0.01
+HELD_TICK_S: Final = 0.01
 """How often held requests are decided again without an event: backlogs also shrink by time passing."""
 
 
@@ -54,7 +54,7 @@ _CLOSED_REFUSAL = Refusal(
 )
 
 
-NEAR_SHARE = 0.05
+NEAR_SHARE: Final = 0.05
 """While there are routers that are not heard: how much dearer than the least a worker may be and still be chosen."""
 NOTHING: Mapping[str, float] = MappingProxyType({})
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from functools import lru_cache
 from struct import iter_unpack
+from typing import Final
 
 from xxhash import xxh3_64_intdigest
 
-MAX_BLOCKS = 8192
+MAX_BLOCKS: Final = 8192
 """Blocks indexed of one prompt: 2 MiB of text at 256 bytes a block. Bounds the work and memory one request can cause."""
 
 

@@ -18,16 +18,17 @@ the tail of prompts first, as engines do. Memory is bounded by the sum of the ca
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Final
 
 Match = list[tuple[int, int]]
 """(mask of workers, leading blocks they hold), every worker in at most one mask, fewest blocks first."""
 
-MAX_TOTAL_BLOCKS = 4_000_000
+MAX_TOTAL_BLOCKS: Final = 4_000_000
 """Blocks indexed over all workers (a block on two workers counts twice): some 600 MB; few fleets come near."""
-MIN_CAPACITY_BLOCKS = 64
-EVICTION_PART = 64
+MIN_CAPACITY_BLOCKS: Final = 64
+EVICTION_PART: Final = 64
 """One eviction frees this part of the capacity."""
-MAX_RUN_BLOCKS = 256
+MAX_RUN_BLOCKS: Final = 256
 """Bounds what one cut, or one eviction of a run that others hold as well, can cost."""
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from kvfleet_router.core.calibration import FADE
 from kvfleet_router.core.exact import learn_exact
 from kvfleet_router.core.ticket import Ticket
 
-CONTRADICTIONS_TO_FORGET = 3
+CONTRADICTIONS_TO_FORGET: Final = 3
 """Reports in a row that next to nothing of a long expected prefix was cached: the view of the worker's cache is wrong."""
-CONTRADICTION_TOKENS = 1024
-STREAM_OVERHEAD_CHUNKS = 2
+CONTRADICTION_TOKENS: Final = 1024
+STREAM_OVERHEAD_CHUNKS: Final = 2
 """Chunks of a stream that carry no token: the role at the beginning, the end mark."""
 
 

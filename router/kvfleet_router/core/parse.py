@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 from xxhash import xxh3_128_digest
@@ -37,17 +37,17 @@ Kind = Literal["chat", "completions", "other"]
 _NO_HEADERS: Mapping[bytes, bytes] = {}
 _LIST, _OBJECT = b"[{"
 
-MEDIA_BYTES = 4096
+MEDIA_BYTES: Final = 4096
 """What an image, an audio clip or a video counts in the prompt: about a thousand tokens."""
 WITHOUT_OUTPUT = frozenset(
     ["embeddings", "pooling", "classify", "score", "rerank", "tokenize", "detokenize", "count_tokens"]
 )
 """Endpoints (last part of the path) that prefill and generate nothing."""
-MAX_NAME_BYTES = 256
+MAX_NAME_BYTES: Final = 256
 """Longest model, tenant, session or salt; the API allows model names of 253."""
 MAX_PRIORITY = 2**31
 MAX_OUTPUT_TOKENS = 2**24
-MAX_SEQUENCES = 1024
+MAX_SEQUENCES: Final = 1024
 
 
 class RequestError(Exception):

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush
 from math import ceil
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from kvfleet_router.core.affinity import PATIENCE_S, Affinity, crowded
 from kvfleet_router.core.choose import Choice, choose
@@ -35,10 +35,10 @@ OnAssigned = Callable[[Ticket | Refusal], None]
 Placed = tuple[Worker, list[int], int]
 """(worker, a prompt's blocks, the first of them that is new to the worker)"""
 
-TRIES_PER_PUMP = 8
+TRIES_PER_PUMP: Final = 8
 """Held requests of a lane decided again at one event: bounds the work."""
-LEAST_PRESUMABLE = 32
-RESCAN_S = 0.002
+LEAST_PRESUMABLE: Final = 32
+RESCAN_S: Final = 0.002
 """Pause after deciding in vain: where each of them waits for a busy worker, not every event changes that."""
 RETRY_AFTER_BOUNDS_S = (1, 60)
 

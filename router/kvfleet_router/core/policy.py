@@ -10,14 +10,14 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Final
 
 from kvfleet_api.fleetconfig import PolicyConfig
 from kvfleet_router.core.columns import Array, Columns
 from kvfleet_router.core.ticket import Arrival
 from kvfleet_router.core.worker import Worker
 
-RULED_OUT = 1e9
+RULED_OUT: Final = 1e9
 """A part of this size takes a candidate out of the choice while others are left, and shows in the record why."""
 
 

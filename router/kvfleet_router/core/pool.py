@@ -7,6 +7,7 @@ who may get requests; lists of candidates are rebuilt when it moved.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Final
 
 from kvfleet_api.cost import CostModel
 from kvfleet_api.fleetconfig import PoolConfig
@@ -19,8 +20,8 @@ from kvfleet_router.core.kvevents.view import ModelView
 from kvfleet_router.core.predict import backlog_s
 from kvfleet_router.core.worker import Worker, WorkerEndpoint
 
-LOAD_PERIOD_S = 0.25
-RATIO_STEP = 0.05
+LOAD_PERIOD_S: Final = 0.25
+RATIO_STEP: Final = 0.05
 """Cache capacities follow the learned bytes per token in steps of this size."""
 
 

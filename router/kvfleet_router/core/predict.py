@@ -14,7 +14,7 @@ With L prompt tokens, u of them uncached, E the expected output, and the worker'
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kvfleet_router.core.ticket import Arrival
     from kvfleet_router.core.worker import Worker
 
-STEP_SLACK_S = 0.001
+STEP_SLACK_S: Final = 0.001
 """The engine's own overhead of a step."""
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from kvfleet_api.fleetconfig import PolicyConfig
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from kvfleet_router.core.routes import Lane
     from kvfleet_router.core.worker import Worker
 
-PENDING, DECODING, CLOSED = range(3)
+PENDING: Final = 0
+DECODING: Final = 1
+CLOSED: Final = 2
 """A ticket's phases: sent but no first token yet; producing tokens; finished, abandoned or retried."""
 
 

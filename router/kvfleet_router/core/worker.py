@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import exp
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
 from kvfleet_router.core.breaker import Breaker
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from kvfleet_router.core.ledger import Ledger
     from kvfleet_router.core.pool import Pool
 
-PREFILL_SHARE_WINDOW_S = 20.0
-MIN_CALIBRATION_TOKENS = 8
-MAX_CALIBRATION_PREFILL_SHARE = 0.5
+PREFILL_SHARE_WINDOW_S: Final = 20.0
+MIN_CALIBRATION_TOKENS: Final = 8
+MAX_CALIBRATION_PREFILL_SHARE: Final = 0.5
 """Streams interrupted more than this say too little about decode steps."""
-LONG_AGO_S = 1e12
-MIN_STEP_S = 1e-5
+LONG_AGO_S: Final = 1e12
+MIN_STEP_S: Final = 1e-5
 """Keeps divisors positive where a profile says nothing takes time."""
 
 

@@ -22,7 +22,7 @@ import asyncio
 import logging
 import re
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from kvfleet_router.core.parse import ParsedRequest, RequestError, read_request
 from kvfleet_router.core.ticket import Held, Refusal, Ticket
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("kvfleet.router")
 
-HOLD_BYTES = 262_144
+HOLD_BYTES: Final = 262_144
 """Complete answers (and error answers) up to this size are held back until whole."""
 EVENT_END = b"\n\n\r\n"
 """How an HTTP chunk ends that ends with a whole event."""

@@ -7,21 +7,21 @@ A template is made of a head that was parsed, and only of one with a plain conte
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from kvfleet_router.io.request import Request
     from kvfleet_router.io.upstream import UpstreamConnection
 
-MAX_HEAD_MISSES = 4
+MAX_HEAD_MISSES: Final = 4
 """Heads of requests in a row unlike the one before, after which a connection's are compared no more."""
-MAX_ANSWER_MISSES = 16
+MAX_ANSWER_MISSES: Final = 16
 """The same for the answers of a worker."""
-MAX_TEMPLATE_BYTES = 4096
+MAX_TEMPLATE_BYTES: Final = 4096
 """Longer heads are not kept for comparison."""
 
 _LENGTH_LINE = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]{1,9})\r\n", re.IGNORECASE)
-_MOST_DIGITS = 9
+_MOST_DIGITS: Final = 9
 
 
 class HeadTemplate:

@@ -7,10 +7,10 @@ few kilobytes are searched, once. Text that a model wrote cannot pose as usage: 
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
-SEARCHED_BYTES = 8192
-_LONGEST_USAGE = 1024
+SEARCHED_BYTES: Final = 8192
+_LONGEST_USAGE: Final = 1024
 
 _COUNT = re.compile(rb'"((?:prompt|input|completion|output|cached)_tokens)":\s*(\d{1,9})')
 

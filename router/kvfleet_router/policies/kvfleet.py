@@ -32,7 +32,7 @@ from __future__ import annotations
 
 from dataclasses import astuple, dataclass, replace
 from math import exp
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import numpy as np
 
@@ -89,18 +89,18 @@ GUARD = replace(
 )
 """GP while energy has its full price: the SLO weighs more, and from 60 % on; seconds that keep within it weigh less."""
 
-ENERGY_FULL_BELOW_LOAD = 0.45
-ENERGY_OFF_ABOVE_LOAD = 0.6
+ENERGY_FULL_BELOW_LOAD: Final = 0.45
+ENERGY_OFF_ABOVE_LOAD: Final = 0.6
 """Load of the pools (0 idle, 1 at the edge of the SLO) between which the price of energy fades out. It swings by some 0.1
 around the share of the capacity that is asked for: at 0.8 of it the policy is the latency policy all the time."""
-FADING_STEPS = 20
+FADING_STEPS: Final = 20
 
-EVICTION_AGE_S = 60.0
-ITL_SHARPNESS = 0.06
-TTFT_SHARPNESS = 0.05
-MIN_SPARE_ITL = 0.1
+EVICTION_AGE_S: Final = 60.0
+ITL_SHARPNESS: Final = 0.06
+TTFT_SHARPNESS: Final = 0.05
+MIN_SPARE_ITL: Final = 0.1
 """Part of the ITL SLO that is counted as spare even where there is none: beyond the SLO, what comes costs no more."""
-MIN_DECODE_SHARE = 0.02
+MIN_DECODE_SHARE: Final = 0.02
 """Decoding never starves entirely, whatever the prefill share says."""
 
 
