@@ -268,7 +268,7 @@ class DispatcherMachine(RuleBasedStateMachine):
             assert own.context_tokens >= 0
             assert own.kv_tokens >= 0
             if not tickets:
-                assert own == Load()
+                assert own == Load(prefilled_s=own.prefilled_s)  # a counter
             assert worker.in_flight == own.in_flight + elsewhere.in_flight
             assert (worker.backlog_s > 0) == (own.prefill_s + elsewhere.prefill_s > 0)
 
