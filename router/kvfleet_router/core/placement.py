@@ -237,9 +237,24 @@ class Placement:
         choice = choose(arrival, candidates, self._fleet.index, self._fleet.table, self._rng, now, near=self.near)
         if arrival.parsed.session_id is not None or lane.adapter:
             choice = self._as_preferred(arrival, candidates, choice, now)
+        if config.energy_mode == "Off" and self.would_hold(arrival, backlog_s(choice.worker, now)):
+            choice = self._rather_free(arrival, candidates, choice, now)
         if lane.prefill_pools and divisible(arrival, choice):
             return self._pick_prefill(arrival, now) or (arrival, choice, False)
         return arrival, choice, False
+
+    def _rather_free(self, arrival: Arrival, candidates: Candidates, choice: Choice, now: float) -> Choice:
+        """The choice among idle workers, where the first token comes earlier than from the worker to wait for.
+
+        Costs weigh a prefill more than its time, for it delays others: with accelerators of several kinds that would leave a
+        slow one idle for seconds.
+        """
+        free = [worker for worker in candidates.workers if not worker.in_flight]
+        if not free or len(free) == len(candidates.workers):
+            return choice
+        other = choose(arrival, Candidates(free), self._fleet.index, self._fleet.table, self._rng, now)
+        waiting, at_once = (sum(ttft_parts(arrival, one.worker, one.cached_tokens, now)) for one in (choice, other))
+        return other._replace(candidate_count=choice.candidate_count) if at_once < waiting else choice
 
     def _as_preferred(self, arrival: Arrival, candidates: Candidates, choice: Choice, now: float) -> Choice:
         """The choice among the workers that the request would rather go to, unless that costs too much."""

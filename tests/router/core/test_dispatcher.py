@@ -621,3 +621,15 @@ def test_a_decision_costs_bounded_memory():
         fleet.answer(fleet.sent())
     assert fleet.dispatcher.decisions.get(first.id) is None
     assert len(fleet.dispatcher.decisions.recent(1000)) == 64
+
+
+def test_an_idle_slow_worker_is_used_where_waiting_for_a_fast_one_takes_longer():
+    """Weighing a prefill more than its time would leave the slow one idle while the request waits at the router."""
+    slow = cost(prefill_s_per_token=COST.prefill_s_per_token * 2, prefill_s_per_token_pair=0.0)
+    fast = cost(prefill_s_per_token_pair=0.0)
+    pools = [pool("fast", 1, cost=fast), pool("slow", 1, cost=slow)]
+    for ahead, expected in ((30_000, "slow-0"), (8_000, None)):
+        fleet = Fleet(config(policy(pools=("fast", "slow")), pools=pools))
+        assert fleet.sent(request(ahead, prefix="ahead")).worker.name == "fast-0"
+        result = fleet.submit(request(20_000, prefix="next"))  # 0.8 s on the fast one, 1.6 s on the slow one
+        assert (result.worker.name if expected else isinstance(result, Held)) == (expected or True)
