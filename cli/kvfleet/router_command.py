@@ -98,6 +98,16 @@ def router(
         str | None,
         typer.Option(help="Name that workers' certificates are for. Default: the host of each worker's address."),
     ] = None,
+    otlp_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            envvar="OTEL_EXPORTER_OTLP_ENDPOINT",
+            help="OpenTelemetry collector (OTLP over HTTP) that gets a span per request, such as http://localhost:4318.",
+        ),
+    ] = None,
+    trace_share: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Of requests that carry no traceparent, the share that is traced.")
+    ] = 1.0,
     speed: Annotated[float, typer.Option(min=0.01, max=1000, help="For workers run with --speed.")] = 1.0,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
@@ -123,6 +133,8 @@ def router(
         raise UsageError("--kubernetes: pools and workers are read from the cluster: leave -f and --workers out")
     if processes > 1 and ("," in host or host.startswith("unix:")):
         raise UsageError("--host: several processes share one address with a port: give one, or leave --processes out")
+    if otlp_endpoint is not None and not otlp_endpoint.startswith(("http://", "https://")):
+        raise UsageError(f"--otlp-endpoint {otlp_endpoint}: give a URL such as http://localhost:4318")
     if filename and config is not None:
         raise UsageError("-f and --config exclude each other: the FleetConfig is compiled from the manifests")
     if not (filename or config or workers or in_cluster):
@@ -174,6 +186,8 @@ def router(
         processes=processes,
         redis=redis,
         worker_ca_file=worker_ca_file,
+        otlp_endpoint=otlp_endpoint,
+        trace_share=trace_share,
         worker_server_name=worker_server_name,
     )
     raise typer.Exit(code)

@@ -46,6 +46,7 @@ from kvfleet_router.io.sharing.redis_bus import BadRedis, Redis
 from kvfleet_router.io.sharing.sharer import Bus, Sharer
 from kvfleet_router.io.telemetry import Telemetry
 from kvfleet_router.io.tls import Certificate, CertificateRejected, WorkerTrust
+from kvfleet_router.io.tracing import Tracer
 from kvfleet_router.io.upstream import Upstreams
 from kvfleet_router.policies import REGISTRY
 
@@ -75,6 +76,8 @@ class RouterApp:
         source: ConfigSource | None = None,
         certificate: Certificate | None = None,
         worker_trust: WorkerTrust | None = None,
+        otlp_endpoint: str | None = None,
+        trace_share: float = 1.0,
         api_keys: ApiKeys | None = None,
         rng: random.Random | None = None,
         bus: Bus | None = None,
@@ -113,6 +116,12 @@ class RouterApp:
             self.energy_metrics,
             event_metrics(self.dispatcher, self.kv_events),
         )
+        self.tracer: Tracer | None = None
+        if otlp_endpoint is not None:
+            self.tracer = self.metrics.tracer = Tracer(
+                otlp_endpoint, clock=self.clock, epoch_s=time.time() - self.clock(), rng=self._rng, share=trace_share
+            )
+            self.metrics.extra.append(self.tracer.metrics)
         if api_keys is not None:
             self.metrics.extra.append(api_keys.metrics)
         identity = self._rng.getrandbits(61) + 1
@@ -155,6 +164,8 @@ class RouterApp:
             self._follow(WatchedFiles(self._api_keys.path).follow(self._api_keys.reload))
         if self._certificate is not None:
             self._follow(WatchedFiles(*self._certificate.paths).follow(self._certificate.reload))
+        if self.tracer is not None:
+            self._follow(self.tracer.run())
         if self._trust.path is not None:
             self._follow(WatchedFiles(self._trust.path).follow(self._trust.reload))
         self._unready = ""
@@ -317,6 +328,8 @@ def run_router(
     redis: Redis | None = None,
     worker_ca_file: Path | None = None,
     worker_server_name: str | None = None,
+    otlp_endpoint: str | None = None,
+    trace_share: float = 1.0,
 ) -> int:
     """The router as a process; returns its exit code: 1 where it cannot listen, 2 where what it was given cannot be used.
 
@@ -344,6 +357,8 @@ def run_router(
             speed=speed,
             source=source,
             certificate=Certificate(tls_cert, tls_key) if tls_cert is not None and tls_key is not None else None,
+            otlp_endpoint=otlp_endpoint,
+            trace_share=trace_share,
             worker_trust=WorkerTrust(worker_ca_file, worker_server_name),
             api_keys=ApiKeys(api_keys_file) if api_keys_file is not None else None,
             bus=bus if place is None else place.bus(),

@@ -21,6 +21,7 @@ from kvfleet_router.io.usage import Usage
 if TYPE_CHECKING:
     from kvfleet_router.core.ticket import Ticket
     from kvfleet_router.io.exchange import Exchange
+    from kvfleet_router.io.tracing import Tracer
 
 PREFIX = "kvfleet_router_"
 MAX_SERIES = 1024
@@ -129,6 +130,8 @@ class RouterMetrics:
         """By cause."""
         self.cached_difference: dict[tuple[str, str, str], Histogram] = {}
         """By (pool, what the prediction came from, whether it was above or below what the engine reported)."""
+        self.tracer: Tracer | None = None
+        """Told of every request's end, where traces are wanted."""
         self.extra: list[Callable[[], Iterable[Metric]]] = []
         """Further families, asked at each scrape."""
 
@@ -154,6 +157,8 @@ class RouterMetrics:
         charge = exchange.request.charge
         if charge is not None:
             charge.settle(ticket.prompt_tokens if prompt_tokens is None else prompt_tokens, tokens)
+        if self.tracer is not None:
+            self.tracer.ended(exchange, outcome, usage=usage)
         if ticket.parsed.stream and outcome == "ok":
             first_byte_at = exchange.first_byte_at
             series.ttft.observe(first_byte_at - exchange.started_at)
@@ -180,6 +185,8 @@ class RouterMetrics:
         series.outcomes[outcome] = series.outcomes.get(outcome, 0) + 1
         if outcome == "refused":
             self.error(cause)
+        if self.tracer is not None:
+            self.tracer.ended(exchange, outcome, cause)
         charge, ticket = exchange.request.charge, exchange.ticket
         if charge is not None:
             began = ticket is not None and ticket.first_token_at is not None

@@ -37,8 +37,13 @@ PROXIED_PATHS = frozenset(
         "/v1/score",
         "/v1/rerank",
         "/v2/rerank",
+        "/v1/audio/speech",
         "/v1/audio/transcriptions",
         "/v1/audio/translations",
+        "/v1/images/generations",
+        "/v1/images/edits",
+        "/v1/moderations",
+        "/v1/videos",
         "/rerank",
         "/score",
         "/classify",
@@ -47,7 +52,7 @@ PROXIED_PATHS = frozenset(
         "/detokenize",
     )
 )
-"""vLLM's inference endpoints."""
+"""vLLM's inference endpoints, and those of OpenAI's API that name a model."""
 
 _GET = (b"GET", b"HEAD")
 _MODELS = "/v1/models"

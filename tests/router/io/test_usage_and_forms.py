@@ -101,3 +101,38 @@ async def test_an_upload_is_routed_by_its_form(bench: Bench) -> None:
     assert worker.requests[0].body == body
     wrong = await bench.ask(router, request.replace(b"whisper-1", b"whisper-2"))
     assert (wrong.status, wrong.json()["error"]["code"]) == (404, "model_not_found")
+
+
+OTHER_ENDPOINTS = [
+    *("/v1/audio/speech", "/v1/images/generations", "/v1/moderations", "/v1/embeddings", "/v1/responses", "/v1/rerank"),
+    *("/rerank", "/score", "/v1/score", "/tokenize", "/detokenize", "/classify", "/pooling", "/v1/messages"),
+]
+
+
+@pytest.mark.parametrize("path", OTHER_ENDPOINTS)
+async def test_other_endpoints_are_routed_by_model_and_answers_of_any_kind_pass(bench: Bench, path: str) -> None:
+    sound = bytes(range(256)) * 40
+
+    async def behave(seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(
+            b"HTTP/1.1 200 OK\r\ncontent-type: audio/wav\r\ncontent-length: %d\r\n\r\n%b" % (len(sound), sound)
+        )
+
+    worker = await bench.worker(behave)
+    router = await bench.router(worker, model="m")
+    body = b'{"model": "m", "input": "hi", "messages": [{"role": "user", "content": "x"}], "unknown":  1.50}'
+    answer = await bench.ask(router, post(body, path=path.encode()))
+    assert (answer.status, answer.header("content-type"), answer.body) == (200, "audio/wav", sound)
+    assert worker.requests[0].body == body
+    wrong = await bench.ask(router, post(body.replace(b'"m"', b'"n"'), path=path.encode()))
+    assert wrong.json()["error"]["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize(
+    "path", [b"/v1/load_lora_adapter", b"/sleep", b"/reset_prefix_cache", b"/v1/chat/completions/render"]
+)
+async def test_what_controls_an_engine_is_out_of_reach(bench: Bench, path: bytes) -> None:
+    worker = await bench.worker()
+    router = await bench.router(worker)
+    assert (await bench.ask(router, post(b"{}", path=path))).status == 404
+    assert not worker.requests
