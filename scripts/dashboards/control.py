@@ -166,4 +166,31 @@ def _routers() -> list[Panel]:
             [Query(f"sum by (namespace) (kvfleet_router_config_refused{{{ROUTED}}})", "{{namespace}}")],
             width=8,
         ),
+        Panel(
+            "Routers that do not share",
+            "Ways to other replicas, over Redis or in the pod, that are closed; without spec.redis and spec.processes there are none.",
+            units.Short,
+            [Query(or_none(f"sum(kvfleet_router_sharing_connected{{{ROUTED}}} == bool 0)"))],
+            width=8,
+        ),
+        Panel(
+            "Replicas not heard",
+            "Router processes that should be heard by others and are not; each chooses as if those were not there.",
+            units.Short,
+            [
+                Query(
+                    or_none(
+                        f"max(kvfleet_router_sharing_expected_peers{{{ROUTED}}} - kvfleet_router_sharing_peers{{{ROUTED}}})"
+                    )
+                )
+            ],
+            width=8,
+        ),
+        Panel(
+            "Time to tell others",
+            "From publishing a message at Redis until it came back; 10 ms are enough for replicas to act as one.",
+            units.Seconds,
+            [Query(or_none(f"max(kvfleet_router_sharing_round_trip_seconds{{{ROUTED}}})"))],
+            width=8,
+        ),
     ]

@@ -21,6 +21,8 @@ from kvfleet_operator.metrics import Metrics
 from kvfleet_router.app import RouterApp
 from kvfleet_router.io.kubernetes import KubernetesSource
 from kvfleet_router.io.kubernetes_access import Access
+from kvfleet_router.io.processes.hub import Hub
+from kvfleet_router.io.sharing.redis_bus import Redis
 from kvfleet_sim.config import parse
 from kvfleet_sim.server import Server
 
@@ -72,15 +74,19 @@ def exported() -> set[str]:
 
 async def _served() -> list[str]:
     """The metrics pages of a router and a worker, and the worker's of its accelerators."""
-    router = RouterApp(FleetConfig(pools=[], policies=[]))
+    router = RouterApp(FleetConfig(pools=[], policies=[]), bus=Redis("redis://127.0.0.1:1", "nobody").bus())
     worker = Server(parse(["llama-8b", "--host", "127.0.0.1", "--port", "0"]))
     await router.start()
     await worker.start()
     try:
+        # What the process beside several router processes adds.
+        hub = CollectorRegistry(auto_describe=False)
+        hub.register(Hub([], None))
         async with httpx.AsyncClient() as client:
             served = f"http://127.0.0.1:{worker.port}"
             urls = [f"http://127.0.0.1:{router.admin_port}/metrics", f"{served}/metrics", f"{served}/dcgm/metrics"]
-            return [(await client.get(url)).raise_for_status().text for url in urls]
+            pages = [(await client.get(url)).raise_for_status().text for url in urls]
+            return [*pages, generate_latest(hub).decode()]
     finally:
         await worker.close()
         await router.stop()
