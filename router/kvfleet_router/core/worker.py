@@ -105,6 +105,7 @@ class Worker:
         "_loose_tokens",
         "_pending",
         "_stale",
+        "_theirs",
         "_tokens_per_sequence",
         "_untold",
         "backlog_s",
@@ -202,6 +203,7 @@ class Worker:
         self.head_since = now
         """When the prefill now running began."""
         self.decoding_since: list[tuple[float, float]] = []
+        self._theirs: list[tuple[float, float]] = []  # of these, the answers of other replicas
         """Of the requests now decoding, the latest last: when they began to, and `prefill_seconds` then."""
         self._pending: dict[int, Ticket] = {}
         self._loose_tokens = 0.0  # prompt tokens in flight outside pinned blocks
@@ -284,9 +286,16 @@ class Worker:
         self._advance(now)
         if prefilled_s:
             self._prefilled(prefilled_s, now, exact=True)
+            begun = [(now, self.prefill_seconds)] * max(elsewhere.decoding - self.elsewhere.decoding, 1)
+            self._theirs += begun
+            self.decoding_since += begun
         elif elsewhere.pending and not self.elsewhere.pending and not self._pending:
             self.head_since = now
         self.elsewhere = elsewhere
+        if len(self._theirs) > elsewhere.decoding:  # the oldest are most likely those that have ended
+            for ended in self._theirs[: -elsewhere.decoding or None]:
+                self.decoding_since.remove(ended)
+            self._theirs = self._theirs[-elsewhere.decoding :] if elsewhere.decoding else []
         self._refresh()
 
     def left(self, ticket: Ticket, now: float) -> None:

@@ -179,6 +179,31 @@ def test_first_tokens_elsewhere_are_the_engines_progress():
     )
 
 
+def test_young_answers_elsewhere_are_known_until_they_end():
+    one, other = replicas(2, workers=1, strategy="lmetric")
+    exchange(one, other, rounds=2)
+    worker = one.worker("pool-0")
+    tickets = [other.sent(request(1000, prefix=n)) for n in range(3)]
+    mine = one.sent(request(1000, prefix=9))
+    exchange(one, other)
+    for number, ticket in enumerate(tickets, 1):
+        one.now = other.now = other.now + 0.05
+        other.dispatcher.first_token(ticket)
+        exchange(one, other)
+        assert [since for since, _ in worker.decoding_since[-number:]] == pytest.approx(
+            [one.now - 0.05 * back for back in range(number)][::-1]
+        )
+    one.dispatcher.first_token(mine)
+    assert len(worker.decoding_since) == 4
+    for left, ticket in zip((3, 2, 1), tickets, strict=True):
+        other.dispatcher.finish(ticket, output_tokens=5)
+        exchange(one, other)
+        assert len(worker.decoding_since) == left
+    assert worker.decoding_since == [(mine.decoding_since, mine.prefill_seconds_at_start)]
+    one.dispatcher.finish(mine, output_tokens=5)
+    assert worker.decoding_since == []
+
+
 def test_what_a_replica_prefilled_before_it_was_heard_is_history():
     one, other = replicas(2, workers=1)
     for n in range(5):
