@@ -37,7 +37,7 @@ _Uptime = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 _Tokens = Annotated[float, msgspec.Meta(ge=0, le=1e10)]
 _Number = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 
-LoadRow = tuple[_Count, _Count, _Count, _Seconds, _Tokens, _Tokens, _Tokens, _Uptime]
+LoadRow = tuple[_Count, _Count, _Count, _Seconds, _Tokens, _Tokens, _Tokens, _Tokens, _Uptime]
 """The fields of `Load`, in their order."""
 
 

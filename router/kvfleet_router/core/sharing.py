@@ -346,8 +346,8 @@ def _portion(queue: deque[tuple[str, tuple[int, ...]]]) -> tuple[list[tuple[str,
 
 def _row(load: Load) -> LoadRow:
     in_flight, pending, decoding, *sums = astuple(load)
-    prefill_s, uncached, context, kv, prefilled_s = (max(value, 0.0) for value in sums)  # rounding
-    return in_flight, pending, decoding, prefill_s, uncached, context, kv, prefilled_s
+    prefill_s, uncached, context, kv, unindexed, prefilled_s = (max(value, 0.0) for value in sums)  # rounding
+    return in_flight, pending, decoding, prefill_s, uncached, context, kv, unindexed, prefilled_s
 
 
 def _parts(rows: dict[str, LoadRow]) -> list[dict[str, LoadRow]]:

@@ -85,6 +85,8 @@ class Load:
     """Tokens held by those decoding."""
     kv_tokens: float = 0.0
     """KV tokens in use."""
+    unindexed_tokens: float = 0.0
+    """Of them, those that no prefix index knows: answers, and ends of prompts that fill no block."""
     prefilled_s: float = 0.0
     """Prefill time ever spent on its requests, calibrated: what others see of its first tokens."""
 
@@ -463,6 +465,7 @@ class Worker:
         block_tokens = self.pool_state.block_tokens
         unindexed = self._loose_tokens + generated
         own.context_tokens = self._decode_prompt_tokens + generated
+        own.unindexed_tokens = unindexed
         own.kv_tokens = unindexed + self.cache.pinned_blocks * block_tokens
 
         self.in_flight = own.in_flight + elsewhere.in_flight
@@ -482,6 +485,6 @@ class Worker:
             head_s = elsewhere.prefill_s / elsewhere.pending
         self.head_prefill_s = factor * head_s
         self.kv_used_tokens = own.kv_tokens + elsewhere.kv_tokens
-        self.kv_free_tokens = self.cache.free_blocks * block_tokens - unindexed - elsewhere.kv_tokens
+        self.kv_free_tokens = self.cache.free_blocks * block_tokens - unindexed - elsewhere.unindexed_tokens
         self.tail_used_at = self.cache.tail_used_at
         self._stale.add(self)

@@ -158,7 +158,7 @@ def test_messages_stay_within_their_size():
     assert sum(len(data) // 8 for message in messages for _, data in body_of(message).placed) == 400 * 93
 
 
-GOOD = Body(1, 1.0, {"pool-0": (1, 1, 0, 0.1, 10.0, 0.0, 10.0, 0.0)}, ("", ""), [("pool-0", packed([1, 2, 3]))])
+GOOD = Body(1, 1.0, {"pool-0": (1, 1, 0, 0.1, 10.0, 0.0, 10.0, 0.0, 0.0)}, ("", ""), [("pool-0", packed([1, 2, 3]))])
 HOSTILE = {
     "nothing": (b"", "malformed"),
     "another protocol": (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "malformed"),
@@ -167,9 +167,15 @@ HOSTILE = {
     "half a body": (encode(7, EVERYONE, GOOD)[:-9], "malformed"),
     "more after the body": (encode(7, EVERYONE, GOOD) + b"\x00", "malformed"),
     "too large": (encode(7, EVERYONE, GOOD) + bytes(MAX_MESSAGE_BYTES), "too_large"),
-    "negative load": (encode(7, EVERYONE, Body(1, 1.0, {"w": (-1, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0)})), "malformed"),
-    "no number": (encode(7, EVERYONE, Body(1, 1.0, {"w": (1, 0, 0, float("nan"), 0.0, 0.0, 0.0, 0.0)})), "malformed"),
-    "endless": (encode(7, EVERYONE, Body(1, 1.0, {"w": (1, 0, 0, float("inf"), 0.0, 0.0, 0.0, 0.0)})), "malformed"),
+    "negative load": (encode(7, EVERYONE, Body(1, 1.0, {"w": (-1, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)})), "malformed"),
+    "no number": (
+        encode(7, EVERYONE, Body(1, 1.0, {"w": (1, 0, 0, float("nan"), 0.0, 0.0, 0.0, 0.0, 0.0)})),
+        "malformed",
+    ),
+    "endless": (
+        encode(7, EVERYONE, Body(1, 1.0, {"w": (1, 0, 0, float("inf"), 0.0, 0.0, 0.0, 0.0, 0.0)})),
+        "malformed",
+    ),
     "half a hash": (encode(7, EVERYONE, Body(1, 1.0, placed=[("pool-0", b"1234567")])), "malformed"),
     "too many blocks": (encode(7, EVERYONE, Body(1, 1.0, placed=[("p", bytes(8 * MAX_BLOCKS + 8))])), "too_large"),
 }
@@ -201,7 +207,7 @@ def test_a_crowd_of_senders_is_bounded(monkeypatch):
     monkeypatch.setattr(module, "MAX_PEERS", 4)
     monkeypatch.setattr(module, "MAX_KNOWN_LOADS", 3)
     one = Replica(1, workers=1)
-    row = (1, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    row = (1, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     for sender in range(10, 20):
         one.hear(encode(sender, EVERYONE, Body(1, 1.0, {f"w{n}": row for n in range(5)})))
     assert one.sharing.peers == 4
@@ -255,3 +261,13 @@ def test_whatever_is_lost_all_agree_once_all_is_heard(seed):
             assert worker.elsewhere.in_flight == sum(own.in_flight for own in others)
             assert worker.elsewhere.prefill_s == pytest.approx(sum(own.prefill_s for own in others))
             assert worker.elsewhere.kv_tokens == pytest.approx(sum(own.kv_tokens for own in others))
+
+
+def test_a_prompt_in_flight_elsewhere_takes_its_room_once():
+    """Its blocks are in this router's index as well: only what no index knows is counted beside them."""
+    one, other = replicas(2, workers=1)
+    other.sent(request(4000, prefix=1))
+    passes(PLACED_S, one, other)
+    mine, theirs = one.worker("pool-0"), other.worker("pool-0")
+    assert mine.kv_free_tokens == pytest.approx(theirs.kv_free_tokens)
+    assert mine.kv_used_tokens == pytest.approx(theirs.kv_used_tokens)

@@ -211,8 +211,8 @@ async def test_strangers_on_the_channel_are_counted_and_ignored(
         b"garbage",
         b"kvf\x09" + bytes(40),
         bytes(100_000),
-        encode(5, EVERYONE, Body(1, 1.0, {worker: (-5, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0)})),
-        encode(6, EVERYONE, Body(1, 1.0, {worker: (9, 0, 0, float("nan"), 0.0, 0.0, 0.0, 0.0)})),
+        encode(5, EVERYONE, Body(1, 1.0, {worker: (-5, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)})),
+        encode(6, EVERYONE, Body(1, 1.0, {worker: (9, 0, 0, float("nan"), 0.0, 0.0, 0.0, 0.0, 0.0)})),
     ]
     async with server.client() as client:
         for message in hostile:
