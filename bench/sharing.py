@@ -17,7 +17,7 @@ from kvfleet_router.core.parse import ParsedRequest
 from kvfleet_router.core.sharing import Sharing
 from kvfleet_router.policies import REGISTRY
 
-REPEATS = 200
+REPEATS = 60
 BLOCKS = 128
 """Of a prompt of 32 KiB; half of them are new to its worker."""
 
