@@ -180,7 +180,7 @@ class LocalFleet:
         policies = config.policies
         if self.strategy:
             policies = [policy.model_copy(update={"strategy": self.strategy}) for policy in policies]
-        return config.model_copy(update={"pools": pools, "policies": policies})
+        return config.model_copy(update={"pools": pools, "policies": policies, "routers": 1})
 
     def _spawn(self, process: LocalProcess) -> None:
         with process.log.open("wb") as log:

@@ -163,6 +163,8 @@ def router(
             )
     except ValueError as error:
         raise UsageError(f"--workers {error}") from error
+    if filename and redis_url is None:  # it is the only one, whatever its FleetRouter says
+        fleet_config = fleet_config.model_copy(update={"routers": processes})
     if strategy is not None:
         fleet_config = fleet.with_strategy(fleet_config, strategy)
     check_strategies([policy.strategy for policy in fleet_config.policies])

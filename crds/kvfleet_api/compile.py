@@ -106,7 +106,7 @@ def compile_fleet(
         pools=sorted(compiled_pools, key=lambda pool: pool.name),
         policies=compiled_policies,
         limits=spec.limits,
-        routers=max(spec.replicas * spec.processes, 1),
+        routers=max(spec.replicas * spec.processes, 1) if router else 1,
         telemetry=spec.telemetry,
         drain_s=float(spec.drain_seconds),
     )

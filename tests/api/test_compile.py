@@ -144,7 +144,7 @@ def test_router_settings() -> None:
     config = compiled(router, pool()).config
     assert (config.name, config.limits.max_body_bytes, config.routers, config.drain_s) == ("edge", 2048, 6, 7.0)
     alone = compiled(pool()).config
-    assert (alone.name, alone.routers) == ("local", 2)
+    assert (alone.name, alone.routers) == ("local", 1)
 
 
 def test_only_objects_of_the_namespace_count() -> None:
