@@ -90,6 +90,7 @@ class Sharing:
         self._number = 0
         self._whole_due = self._placed_due = self._started_at
         self._reachable_since: float | None = None
+        self._first_reachable_at: float | None = None
         self._changed: set[str] = set()
         self._prefilled_s: dict[str, float] = {}
         self._version = -1
@@ -122,6 +123,8 @@ class Sharing:
         if not reachable:
             self._reachable_since = None
             return []
+        if self._first_reachable_at is None:
+            self._first_reachable_at = now
         if self._reachable_since is None:
             self._reachable_since = self._whole_due = now
             self._placed_due = now if now - self._started_at < SETTLE_S else now + SETTLE_S
@@ -301,10 +304,11 @@ class Sharing:
             for sender, peer in self._peers.items()
             if peer.worth_asking and peer.age_s > now - self._started_at
         }
-        if self._asked >= MAX_ASKED or (not older and now - self._started_at > SETTLE_S):
+        listened_s = 0.0 if self._first_reachable_at is None else now - self._first_reachable_at
+        if self._asked >= MAX_ASKED or (not older and listened_s > SETTLE_S):
             self._caught_up = True  # nobody is there who knows more, or who answers
             return 0
-        if not older or now - self._started_at < WHOLE_S:  # the oldest may not have spoken yet
+        if not older or listened_s < WHOLE_S:  # the oldest may not have spoken yet
             return 0
         sender = max(older, key=older.__getitem__)
         self._peers[sender].worth_asking = False

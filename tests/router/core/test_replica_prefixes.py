@@ -271,3 +271,18 @@ def test_a_prompt_in_flight_elsewhere_takes_its_room_once():
     mine, theirs = one.worker("pool-0"), other.worker("pool-0")
     assert mine.kv_free_tokens == pytest.approx(theirs.kv_free_tokens)
     assert mine.kv_used_tokens == pytest.approx(theirs.kv_used_tokens)
+
+
+def test_a_newcomer_that_is_heard_late_asks_all_the_same():
+    one = Replica(1, workers=1)
+    serve(one, request(2000, prefix=1))
+    passes(2.0, one)
+    late = Replica(2, now=one.now, workers=1)
+    for _ in range(60):  # its connection takes three seconds
+        late.now += 0.05
+        assert late.sharing.flush(reachable=False) == []
+    assert not late.sharing.caught_up
+    one.now = late.now
+    passes(1.0, one, late)
+    assert late.sharing.caught_up
+    assert cached(late, request(2000, prefix=1)) == {"pool-0": 31}
