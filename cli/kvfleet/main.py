@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from kvfleet import __version__
+from kvfleet.energy_command import calibrate, energy
 from kvfleet.inputs import (
     LOG_FORMAT,
     UsageError,
@@ -153,6 +154,8 @@ def demo(
 
 app.command()(router)
 app.command()(tokenizer)
+app.command()(calibrate)
+app.add_typer(energy, name="energy")
 
 
 @app.command(context_settings=PASS_THROUGH)
