@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import random
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ MAX_OUTPUT_TOKENS = 4096
 FIRST_ID, LAST_ID = 1000, 30_000
 """Token ids that every vocabulary has, and that end no answer."""
 TIMEOUT_S = 120.0
+_COMPLETION_TOKENS = re.compile(r'"completion_tokens":\s*(\d+)')
 
 
 class CalibrationError(Exception):
@@ -150,9 +152,10 @@ class Driver:
             asyncio.create_task(self._stream(context_tokens, MAX_OUTPUT_TOKENS, stop, count)) for count in counts
         ]
         try:
-            while min(count[0] for count in counts) < 2:
-                await asyncio.sleep(0.005)
-                _raise_failed(streams)
+            async with asyncio.timeout(TIMEOUT_S):
+                while min(count[0] for count in counts) < 2:
+                    await asyncio.sleep(0.005)
+                    _raise_failed(streams)
             # Counter, then tokens, at both ends: what passes between the two is the same and cancels out.
             before = await self._joules()
             start_s, begun = self._clock(), [count[0] for count in counts]
@@ -160,6 +163,8 @@ class Driver:
             after = await self._joules()
             taken_s, ended = self._clock() - start_s, [count[0] for count in counts]
             _raise_failed(streams)
+        except TimeoutError as error:
+            raise CalibrationError(f"{sequences} streams did not all begin within {TIMEOUT_S:.0f} s") from error
         finally:
             stop.set()
             await asyncio.gather(*streams, return_exceptions=True)
@@ -183,22 +188,29 @@ class Driver:
             "ignore_eos": True,
             "temperature": 1.0,
             "stream": True,
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
         }
         async with self._client.stream("POST", f"{self._url}/v1/completions", json=body) as answer:
             if answer.status_code != 200:
                 text = (await answer.aread())[:300].decode("utf-8", "replace")
                 raise CalibrationError(f"{self._url} answered {answer.status_code} to {prompt} prompt tokens: {text}")
             async for line in answer.aiter_lines():
-                if line.startswith("data: ") and line != "data: [DONE]" and count:
-                    count[0] += 1
+                found = _COMPLETION_TOKENS.search(line) if count else None
+                if found is not None:
+                    count[0] = int(found[1])
                 if stop.is_set():
                     return
 
 
 def _raise_failed(streams: Sequence[asyncio.Task[None]]) -> None:
     for stream in streams:
-        if stream.done() and stream.exception() is not None:
-            raise stream.exception() or CalibrationError("a stream failed")
+        if stream.done():
+            error = stream.exception()
+            raise (
+                error
+                if error is not None
+                else CalibrationError("an answer ended before the point was measured: give fewer --seconds")
+            )
 
 
 async def measure(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from grafana_foundation_sdk.models import units
 
 from dashboards.panels import Board, Panel, Query, Row
-from dashboards.queries import ENGINE, NAMESPACES, POOLS, rate, total_rate
+from dashboards.queries import BY_POOL, ENGINE, NAMESPACES, POOL, POOLS, rate, total_rate
 
 BY_PAIR = "by (namespace, kvfleet_io_pool)"
 LEGEND = "{{kvfleet_io_pool}}"
@@ -37,7 +37,7 @@ def board() -> Board:
         title="Energy",
         description="Power and energy per token of the pools' GPUs. Needs NVIDIA's DCGM exporter with its mapping to pods.",
         variables=[NAMESPACES, POOLS],
-        rows=[Row("Power", _power()), Row("Energy per token", _per_token())],
+        rows=[Row("Power", _power()), Row("Energy per token", _per_token()), Row("Whose joules", _ledger())],
     )
 
 
@@ -111,5 +111,42 @@ def _per_token() -> list[Panel]:
                 )
             ],
             maximum=1,
+        ),
+    ]
+
+
+def _ledger() -> list[Panel]:
+    return [
+        Panel(
+            "Power by tenant",
+            "The ten that draw most, by the routers' books; idling is nobody's. Needs spec.telemetry of the FleetRouter.",
+            units.Watt,
+            [
+                Query(
+                    f"topk(10, {total_rate('kvfleet_energy_joules_total', POOL, 'by (namespace, tenant)')})",
+                    "{{tenant}}",
+                )
+            ],
+            stacked=True,
+        ),
+        Panel(
+            "Power by what it is for",
+            "Prompts, tokens, the fixed part of decode steps, and idling.",
+            units.Watt,
+            [Query(total_rate("kvfleet_energy_joules_total", POOL, "by (kind)"), "{{kind}}")],
+            stacked=True,
+        ),
+        Panel(
+            "Energy trusted",
+            "1: joules may steer the pool's requests. 0: its telemetry cannot be believed, latency alone steers.",
+            units.Short,
+            [Query(f"max {BY_POOL} (kvfleet_energy_trusted{{{POOL}}})", "{{pool}}")],
+            maximum=1,
+        ),
+        Panel(
+            "Error of the energy model",
+            "Mean relative difference between what workers draw and what the learned coefficients say.",
+            units.PercentUnit,
+            [Query(f"max {BY_POOL} (kvfleet_energy_model_error_ratio{{{POOL}}})", "{{pool}}")],
         ),
     ]

@@ -1,12 +1,11 @@
 """`kvfleet calibrate`: from a simulated engine it gets back the coefficients that engine was given."""
 
-import asyncio
 from dataclasses import fields, replace
 
 import pytest
 from typer.testing import CliRunner
 
-from kvfleet.calibrate import BATCHES, LONG_CONTEXT, PROMPTS, SHORT_CONTEXT
+from kvfleet.calibrate import BATCHES, LONG_CONTEXT, PROMPTS, SHORT_CONTEXT, base_row, calibrate, profile, write
 from kvfleet.calibrate_fit import Decode, Prefill, fit
 from kvfleet.inputs import UsageError
 from kvfleet.main import app
@@ -100,35 +99,29 @@ def test_no_coefficient_is_below_zero():
     assert all(getattr(found, field.name).value >= 0 for field in fields(found) if field.name in TIMES)
 
 
-async def served(*arguments: str) -> tuple[Server, int]:
-    server = Server(parse(["llama-8b", "--host", "127.0.0.1", "--port", "0", *arguments]))
+async def test_over_http_joules_a_step_come_back_and_the_profile_loads(tmp_path):
+    """In real time: joules a step do not depend on how busy this machine is, seconds do."""
+    server = Server(parse(["llama-8b", "--host", "127.0.0.1", "--port", "0", "--speed", "4"]))
     await server.start()
-    return server, server.port
-
-
-def test_the_command_writes_a_profile_that_loads(tmp_path):
-    """Over HTTP, in real time: joules a step do not depend on how busy this machine is."""
-    out = tmp_path / "mine.yaml"
-
-    async def run() -> None:
-        server, port = await served("--speed", "10")
-        try:
-            arguments = ["calibrate", f"--url=http://127.0.0.1:{port}", "--profile=nvidia-h100-80gb", "--name=mine"]
-            arguments += [f"--dcgm-url=http://127.0.0.1:{port}/dcgm/metrics", "--seconds=6", "--max-sequences=16"]
-            arguments += ["--model=*Llama-3*-8B*", f"--output={out}"]
-            result = await asyncio.to_thread(CliRunner().invoke, app, arguments)
-            assert result.exit_code == 0, result.output
-        finally:
-            await server.close()
-
-    asyncio.run(run())
-    (profile,) = load([out]).profiles
-    row = profile.spec.models[0]
-    truth = next(r for r in load_h100().spec.models if r.model == "*Llama-3*-8B*")
-    assert row.energy.step_millijoules == pytest.approx(truth.energy.step_millijoules, rel=0.25)
-    assert row.step.fixed_microseconds > 0
+    url = f"http://127.0.0.1:{server.port}"
+    said: list[str] = []
+    try:
+        runs, found, _ = await calibrate(
+            url, seconds=4, max_sequences=4, dcgm_url=f"{url}/dcgm/metrics", pod=None, nvml=[], say=said.append
+        )
+    finally:
+        await server.close()
+    base, model = load_h100(), "*Llama-3*-8B*"
+    document = profile(
+        runs, found, base, name="mine", model=model, tensor=1, kv_tokens=None, conditions="a simulated engine"
+    )
+    write(document, tmp_path / "mine.yaml")
+    (written,) = load([tmp_path / "mine.yaml"]).profiles
+    row, truth = written.spec.models[0], base_row(base, model, 1)
+    assert row.energy.step_millijoules == pytest.approx(truth["energy"]["stepMillijoules"], rel=0.25)
+    assert row.kv_tokens == truth["kvTokens"]
     assert "±" in row.source
-    assert len(row.source) <= 1024
+    assert len(said) == 1 + len(runs.prefills) + len(runs.decodes)
 
 
 def load_h100():

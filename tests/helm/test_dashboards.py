@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from promql import metrics_of
 
 from kvfleet_api.fleetconfig import FleetConfig
+from kvfleet_api.fleetrouter import TelemetrySpec
 from kvfleet_operator.metrics import Metrics
 from kvfleet_router.app import RouterApp
 from kvfleet_router.io.kubernetes import KubernetesSource
@@ -75,6 +76,7 @@ def exported() -> set[str]:
 async def _served() -> list[str]:
     """The metrics pages of a router and a worker, and the worker's of its accelerators."""
     router = RouterApp(FleetConfig(pools=[], policies=[]), bus=Redis("redis://127.0.0.1:1", "nobody").bus())
+    router = RouterApp(FleetConfig(pools=[], policies=[], telemetry=TelemetrySpec()))
     worker = Server(parse(["llama-8b", "--host", "127.0.0.1", "--port", "0"]))
     await router.start()
     await worker.start()
