@@ -43,6 +43,8 @@ WHOLE_S = 0.25
 EXPIRY_S = 1.0
 SETTLE_S = 1.2
 """After so long everybody who can be heard has been, and everybody hears: whoever lost the connection tries at least every second."""
+UNNOTICED_S = 3.0
+"""A dead connection is noticed within this time."""
 ASK_AGAIN_S = 1.0
 MAX_ASKED = 3
 MAX_PEERS = 256
@@ -97,6 +99,7 @@ class Sharing:
         self._new = dispatcher.share()
         self._backlog: deque[tuple[str, tuple[int, ...]]] = deque()
         self._backlog_blocks = 0
+        self._told_placed: deque[tuple[float, list[tuple[str, bytes]]]] = deque()
         self._asked = 0
         self._asked_at = self._started_at
         self._caught_up = False
@@ -121,6 +124,8 @@ class Sharing:
         self._take_placed()
         changed = self._dispatcher.changed_loads()
         if not reachable:
+            if self._reachable_since is not None:
+                self._tell_again(now)
             self._reachable_since = None
             return []
         if self._first_reachable_at is None:
@@ -137,7 +142,7 @@ class Sharing:
             bodies += [Body(0, 0.0, part) for part in _parts(rows)]
         if self._backlog and now >= self._placed_due:
             self._placed_due = now + PLACED_S
-            bodies.append(Body(0, 0.0, placed=self._next_placed()))
+            bodies.append(Body(0, 0.0, placed=self._next_placed(now)))
             if self._backlog:
                 self._placed_due = now
         if not self._caught_up and (asked := self._whom_to_ask(now)):
@@ -178,11 +183,23 @@ class Sharing:
                 self._backlog_blocks += len(new)
         self._new.clear()
 
-    def _next_placed(self) -> list[tuple[str, bytes]]:
+    def _next_placed(self, now: float) -> list[tuple[str, bytes]]:
         """One message's worth of the backlog."""
         portion, blocks = _portion(self._backlog)
         self._backlog_blocks -= blocks
+        self._told_placed.append((now, portion))
+        while now - self._told_placed[0][0] > UNNOTICED_S:
+            self._told_placed.popleft()
         return portion
+
+    def _tell_again(self, now: float) -> None:
+        """Nobody can be reached; for some time before that was noticed, nobody may have heard."""
+        for told_at, portion in self._told_placed:
+            for name, data in portion if now - told_at <= UNNOTICED_S else ():
+                blocks = tuple(unpacked(data))
+                self._backlog.append((name, blocks))
+                self._backlog_blocks += len(blocks)
+        self._told_placed.clear()
 
     def _to_a_newcomer(self, now: float) -> bytes:
         """The next portion of what one of them asked for."""

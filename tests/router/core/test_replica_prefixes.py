@@ -286,3 +286,18 @@ def test_a_newcomer_that_is_heard_late_asks_all_the_same():
     passes(1.0, one, late)
     assert late.sharing.caught_up
     assert cached(late, request(2000, prefix=1)) == {"pool-0": 31}
+
+
+def test_what_was_told_just_before_nobody_could_be_reached_is_told_again():
+    one, other = replicas(2, workers=1)
+    passes(2.0, one, other)
+    serve(one, request(2000, prefix=1))
+    one.now += PLACED_S
+    assert one.sharing.flush(), "into a connection that is dead"
+    one.now += 1.0
+    assert one.sharing.flush(reachable=False) == []
+    assert one.sharing._backlog_blocks == 31
+    other.now = one.now
+    passes(SETTLE_S + 0.2, one, other)
+    assert cached(other, request(2000, prefix=1)) == {"pool-0": 31}
+    assert one.sharing._backlog_blocks == 0
