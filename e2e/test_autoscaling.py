@@ -24,6 +24,8 @@ from support.prometheus import Gate, gate, prometheus
 from support.scraping import entries
 
 QUICK = "--autoscaling-seconds=1"
+TOKEN = "prometheus-reader"
+"""The Secret with the operator's token for Prometheus."""
 WORKERS = "app.kubernetes.io/component=engine"
 DEPLOYMENT = "llama-workers"
 SHRINKS_AT_ONCE = {"scaleDown": {"stabilizationWindowSeconds": 0}}
@@ -189,10 +191,19 @@ def test_no_stream_is_aborted_by_scale_downs_under_load(
 
 @pytest.fixture(scope="module")
 def gated(scaling: Installation, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gate]:
-    """A real Prometheus behind a gate, and an operator that reads it there."""
+    """A real Prometheus behind a gate that asks for a token, and an operator that reads it there."""
     assert cluster.reaches_pods, "Prometheus runs beside the built-in cluster"
     with gate() as found, prometheus(found, tmp_path_factory.mktemp("prometheus")):
-        scaling.install(f"--set=operator.extraArgs={{{QUICK},--prometheus-url={found.url}}}")
+        found.bearer = "let-me-read"
+        token = {
+            "stringData": {"token": found.bearer},
+            "metadata": {"name": TOKEN},
+            "apiVersion": "v1",
+            "kind": "Secret",
+        }
+        scaling.kube.apply(token)
+        prometheus_values = f"operator.prometheus.url={found.url},operator.prometheus.tokenSecret.name={TOKEN}"
+        scaling.install(f"--set=operator.extraArgs={{{QUICK}}}", f"--set={prometheus_values}")
         yield found
         scaling.install(f"--set=operator.extraArgs={{{QUICK}}}")
 

@@ -114,6 +114,8 @@ def test_lint_finds_nothing(helm: Helm, case: str) -> None:
         ("router.spec.replica=3", "'/router/spec': additional properties 'replica' not allowed"),
         ("router.spec.replicas=-1", "'/router/spec/replicas': minimum: got -1, want 0"),
         ("router.spec.service.type=Ingress", "'/router/spec/service/type': value must be one of 'ClusterIP'"),
+        ("operator.prometheus.url=prometheus:9090", "'/operator/prometheus/url': 'prometheus:9090' does not match"),
+        ("operator.prometheus.tokenSecret.name=token", "say nothing without url: set operator.prometheus.url, too"),
         ("monitoring.serviceMonitor.interval=often", "'/monitoring/serviceMonitor/interval': 'often' does not match"),
         ("router.enabled=true,watchNamespaces={a}", 'namespace "kvfleet-system" is not in watchNamespaces ["a"]'),
     ],

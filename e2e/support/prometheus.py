@@ -75,6 +75,8 @@ class Gate:
     """`mode`: honest, refusing, empty, nan, stale or slow."""
 
     behind: str = ""
+    bearer: str = ""
+    """The token that must come with a query; empty: none."""
     targets: Callable[[], list[dict[str, Any]]] = list
     """What is scraped now (`scraping.entries`)."""
     mode: str = "honest"
@@ -126,7 +128,8 @@ def gate() -> Iterator[Gate]:
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["content-length"]))
             try:
-                status, content = found.answer(self.path, body)
+                allowed = not found.bearer or self.headers["authorization"] == f"Bearer {found.bearer}"
+                status, content = found.answer(self.path, body) if allowed else (401, b"who asks?")
                 self.send_response(status)
                 self.send_header("content-length", str(len(content)))
                 self.end_headers()
