@@ -273,3 +273,17 @@ def test_a_long_prompt_elsewhere_does_not_interrupt_decoding() -> None:
         slowed.append(itl_disturbed / itl_alone)
     assert slowed[0] == pytest.approx(1.0, abs=0.02)
     assert slowed[1] > 1.1
+
+
+@pytest.mark.parametrize("rate_rps", [20.0, 160.0])
+def test_a_hot_prefix_is_replicated_where_one_worker_is_not_enough(rate_rps: float) -> None:
+    """Everybody sends the same beginning: one worker has it while that is enough, several once it is not."""
+    beginning = list(range(100))
+    load = [LoadRequest(1700, 4, [*beginning, *range(1000 + 10 * n, 1006 + 10 * n)], n / rate_rps) for n in range(200)]
+    result = run(small_fleet(4, strategy="kvfleet"), load)
+    assert result.completed.all()
+    shares = sorted(result.requests_by_worker.values(), reverse=True)
+    crowded = rate_rps > 100
+    assert (len(shares) == 4 and shares[0] < 100) if crowded else shares[0] > 150, shares
+    hits = result.cached_tokens.sum() / result.prompt_tokens.sum()
+    assert hits > 0.85
