@@ -2,6 +2,7 @@
 
     python bench/kvcache.py                   4 simulated workers, documents four times as large as their KV caches together
     python bench/kvcache.py --requests 400 --rate 20 --pressure 8
+    python bench/kvcache.py --simulate        the same question in virtual time: no machine is too slow, and events may be late
 
 Real HTTP, real KV events over ZMQ, the router as it is; the engines are simulated and run `--speed` times as fast. For each mode the
 fleet starts cold and gets the same requests at the same times. Times and rates are those of the engines. `guess` beside `by KV events`
@@ -30,10 +31,14 @@ from kvfleet_api.fleetconfig import FleetConfig
 from kvfleet_router.app import RouterApp
 from kvfleet_sim.chat import CHAT_TEMPLATE
 from kvfleet_sim.config import parse
+from kvfleet_sim.fleet import Options, simulate
 from kvfleet_sim.server import Server
+from kvfleet_sim.workload import LoadRequest
 
 MODEL = "llama-8b"
 SLO_TTFT_S = 1.0
+HEADER = """| cached tokens expected | answers | hit ratio | correlation | bias | mean distance | within a block | TTFT mean ms | p99 | TTFT <= 1 s |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
 DOCS = Path(__file__).parent.parent / "docs"
 EVENTS = {
     "enable_kv_cache_events": True,
@@ -187,6 +192,40 @@ def show(name: str, predicted: list[float], seen: list[Seen]) -> None:
     )
 
 
+def simulated(options: argparse.Namespace) -> None:
+    """The router's core before simulated engines, no network: the engines' caches told at once, late, or not at all."""
+    rng = random.Random(options.seed)
+    cost = replace(parse([MODEL]).cost, kv_tokens=options.kv_tokens)
+    names = [f"w{number}" for number in range(options.workers)]
+    fleet = static_fleet([f"http://{name}:1" for name in names], options.strategy, MODEL, cost=cost)
+    block_tokens = 16
+    sizes: list[int] = []
+    while sum(sizes) < options.pressure * options.workers * options.kv_tokens:
+        sizes.append(rng.randint(options.words // 2, options.words * 3 // 2) // block_tokens * block_tokens)
+    keys = [[rng.getrandbits(63) for _ in range(size // block_tokens)] for size in sizes]
+    weights = [1 / (rank + 1) ** options.zipf for rank in range(len(sizes))]
+    load, at = [], 0.0
+    for _ in range(options.requests):
+        at += rng.expovariate(options.rate)
+        (number,) = rng.choices(range(len(sizes)), weights)
+        load.append(LoadRequest(sizes[number] + 20, options.output_tokens, keys[number], at))
+    rows = (
+        ("told at once", True, 0.0),
+        ("told after 10 ms", True, 0.01),
+        ("told after 100 ms", True, 0.1),
+        ("guess", False, 0.0),
+    )
+    for name, told, delay_s in rows:
+        run = simulate(
+            fleet, load, model=MODEL, block_tokens=block_tokens, seed=options.seed,
+            options=Options(kv_events=told, event_delay_s=delay_s),
+        )  # fmt: skip
+        done = run.completed
+        columns = (run.ttft_s, run.expected_tokens, run.expected_tokens, run.cached_tokens, run.prompt_tokens)
+        seen = [Seen(*row) for row in zip(*(column[done].tolist() for column in columns), strict=True)]
+        show(name, [one.expected for one in seen], seen)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=4)
@@ -202,7 +241,14 @@ def main() -> None:
     parser.add_argument("--speed", type=float, default=4.0)
     parser.add_argument("--strategy", default="kvfleet")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--simulate", action="store_true", help="in virtual time")
     options = parser.parse_args()
+    if options.simulate:
+        pressure = f"{options.pressure:g} x {options.workers} x {options.kv_tokens:,} tokens of documents"
+        print(f"{pressure}; {options.requests} requests at {options.rate:g}/s; {options.strategy}; virtual time")
+        print(HEADER)
+        simulated(options)
+        return
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         write_tokenizer(directory)
@@ -212,8 +258,7 @@ def main() -> None:
         print(
             f"{len(texts)} documents, {tokens} tokens; {options.requests} requests at {options.rate:g}/s; {options.strategy}"
         )
-        print("| cached tokens expected | answers | hit ratio | correlation | bias | mean distance | within a block | TTFT mean ms | p99 | TTFT <= 1 s |")  # fmt: skip
-        print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+        print(HEADER)
         precise = uvloop.run(measure(options, True, directory, requests))
         show("by KV events", [one.expected for one in precise], precise)
         show("(guess, same requests)", [one.guessed for one in precise], precise)

@@ -19,7 +19,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from heapq import heapify, heappop, heappush
 from statistics import fmean
@@ -42,7 +42,7 @@ from kvfleet_sim.traces import BYTES_PER_TOKEN
 from kvfleet_sim.variants import as_believed, uses_events
 from kvfleet_sim.workload import LoadRequest
 
-ENGINE, ARRIVAL, TICK, SHARE, TRANSFERRED, BEGAN, SCALE = range(7)
+ENGINE, ARRIVAL, TICK, SHARE, TRANSFERRED, BEGAN, SCALE, TOLD = range(8)
 PROGRESS_EVERY: Final = 64
 """Requests between two reports of progress."""
 TRANSFER_S_PER_TOKEN: Final = 5e-6
@@ -63,6 +63,8 @@ class Options:
     """How often routers tell each other what changed at them; none: never."""
     kv_events: bool | None = None
     """Whether engines tell the routers what they cache; none: as the configuration says."""
+    event_delay_s: float = 0.0
+    """How long what engines tell is on its way."""
     calibration_error: float = 1.0
     """Factor by which routers believe prefill to be slower, and decoding to be faster, than it is."""
 
@@ -89,6 +91,8 @@ class Run:
     """`worker_seconds` by what they would be if all were on."""
     starts: int = 0
     """Workers started while the fleet ran."""
+    expected_tokens: Array = field(default_factory=lambda: np.empty(0))
+    """Prompt tokens that the router expected to be cached."""
 
     @property
     def completed(self) -> npt.NDArray[np.bool_]:
@@ -179,6 +183,9 @@ class _Simulation:
         draw = random.Random(f"{seed}/clients")
         self._router_of = [draw.randrange(options.replicas) for _ in load]
         self._outgoing: list[tuple[Machine, _Flight]] = []
+        self._event_delay_s = options.event_delay_s
+        self._untold: dict[int, tuple[Machine, StepResult]] = {}
+        self._reports = 0
         self._travelling: dict[int, tuple[Machine, _Flight]] = {}
         self._events = [
             (request.start_s, ARRIVAL, number) for number, request in enumerate(load) if request.start_s is not None
@@ -189,7 +196,7 @@ class _Simulation:
         if elastic is not None:
             self._events.append((elastic.controller.period_s, SCALE, 0))
         heapify(self._events)
-        self._results = np.full((6, len(load)), np.nan)
+        self._results = np.full((7, len(load)), np.nan)
         self._failures: Counter[str] = Counter()
         self._served: Counter[str] = Counter()
         self._ended = 0
@@ -214,6 +221,9 @@ class _Simulation:
             elif kind == TICK:
                 self._now_s = time_s
                 self._tick(number)
+            elif kind == TOLD:
+                self._now_s = time_s
+                self._tell_cache(*self._untold.pop(number))
             elif kind == TRANSFERRED:
                 self._now_s = time_s
                 self._outgoing.append(self._travelling.pop(number))
@@ -229,13 +239,14 @@ class _Simulation:
                 self._deliver(*self._outgoing.pop())
         if self._ended != len(self._load):
             raise RuntimeError(f"{len(self._load) - self._ended} requests neither completed nor failed")
-        sent_s, ttft_s, itl_s, cached, output, finish_s = self._results
+        sent_s, ttft_s, itl_s, cached, output, finish_s, expected = self._results
         return Run(
             sent_s=sent_s,
             ttft_s=ttft_s,
             itl_s=itl_s,
             prompt_tokens=np.array([request.prompt_tokens for request in self._load], dtype=np.float64),
             cached_tokens=cached,
+            expected_tokens=expected,
             output_tokens=output,
             finish_s=finish_s,
             joules=sum(worker.joules_at(self._now_s) for worker in self._workers),
@@ -376,6 +387,7 @@ class _Simulation:
             request.cached_tokens if flight.cached_tokens is None else flight.cached_tokens,
             request.output_tokens,
             now_s,
+            flight.ticket.cached_tokens,
         )
         self._end(flight)
 
@@ -396,6 +408,14 @@ class _Simulation:
             self._want_tick(flight.router)
 
     def _report_cache(self, worker: Machine, result: StepResult) -> None:
+        if not self._event_delay_s:
+            self._tell_cache(worker, result)
+            return
+        self._reports += 1
+        self._untold[self._reports] = (worker, result)
+        heappush(self._events, (result.end_s + self._event_delay_s, TOLD, self._reports))
+
+    def _tell_cache(self, worker: Machine, result: StepResult) -> None:
         for router, known in zip(self._routers, self._shifts.known, strict=True):
             told = known[worker.name]
             for batch in result.kv_batches:
