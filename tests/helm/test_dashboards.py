@@ -75,8 +75,8 @@ def exported() -> set[str]:
 
 async def _served() -> list[str]:
     """The metrics pages of a router and a worker, and the worker's of its accelerators."""
-    router = RouterApp(FleetConfig(pools=[], policies=[]), bus=Redis("redis://127.0.0.1:1", "nobody").bus())
-    router = RouterApp(FleetConfig(pools=[], policies=[], telemetry=TelemetrySpec()))
+    config = FleetConfig(pools=[], policies=[], telemetry=TelemetrySpec())
+    router = RouterApp(config, bus=Redis("redis://127.0.0.1:1", "nobody").bus())
     worker = Server(parse(["llama-8b", "--host", "127.0.0.1", "--port", "0"]))
     await router.start()
     await worker.start()
