@@ -33,6 +33,8 @@ WINDOW_S: Final = 15
 LOAD = (20, 20, 20, 40, 200, 200, 200, 200)
 WHOLE = 8
 """Answers asked for in one piece."""
+BOOKS = {"dcgmURLs": ["http://{host}:{port}/dcgm/metrics"], "intervalSeconds": 1}
+"""Of joules, which the router keeps where it is told who measures them."""
 VARIABLES = {"namespace": ".*", "pool": ".*", "router_namespace": ".*"}
 """As Grafana fills them when All is chosen."""
 
@@ -129,7 +131,7 @@ def test_every_panel_shows_data(
     simulated = engine(1)
     simulated["env"].append({"name": "POD_NAMESPACE", "value": story.kube.namespace})
     scaling = {"minReplicas": 2, "maxReplicas": 3, "signals": [{"concurrency": {"targetPerReplica": 2}}]}
-    given.applied(pool(replicas=2, engine=simulated, autoscaling=scaling), policy(), router())
+    given.applied(pool(replicas=2, engine=simulated, autoscaling=scaling), policy(), router(telemetry=BOOKS))
     then.ready("ModelPool", "llama", within_s=120).ready("FleetRouter", "router", within_s=120)
     then.ready("RoutingPolicy", "all", within_s=60).counts("Pod", 2, "app.kubernetes.io/component=engine")
     url = story.url("router", path="/v1/chat/completions")

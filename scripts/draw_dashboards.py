@@ -101,7 +101,7 @@ def picture(board: dict[str, Any], prometheus: httpx.Client, span: Span) -> Figu
 
 def _lines(target: dict[str, Any], prometheus: httpx.Client, span: Span) -> list[Line]:
     """What one query gives. Variables stand for everything, as when All is chosen."""
-    expression = re.sub(r'"\$(?!__)\w+', '".*', target["expr"])
+    expression = re.sub(r'"\$(?!__)[a-z]\w*', '".*', target["expr"])
     expression = expression.replace("$__rate_interval", f"{span.window_s}s")
     expression = expression.replace("$__range", f"{span.end - span.start:.0f}s")
     asked = {"query": expression, "start": span.start, "end": span.end, "step": span.step_s}

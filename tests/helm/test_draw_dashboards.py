@@ -62,3 +62,10 @@ def test_variables_stand_for_everything() -> None:
     draw_dashboards.picture(BOARD, prometheus.client(), SPAN)
     assert not any(re.search(r"\$", query) for query in prometheus.asked)
     assert any('pool=~".*"' in query and "[15s]" in query for query in prometheus.asked)
+
+
+def test_what_a_label_is_replaced_by_is_no_variable() -> None:
+    prometheus = Prometheus()
+    energy = json.loads((draw_dashboards.BOARDS / "energy.json").read_text())
+    draw_dashboards.picture(energy, prometheus.client(), SPAN)
+    assert any('"namespace", "$1", "exported_namespace"' in query for query in prometheus.asked)
