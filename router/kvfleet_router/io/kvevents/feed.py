@@ -65,6 +65,8 @@ class Feed:
         self._replay: zmq.Socket[bytes] | None = None
         self._deadline: asyncio.TimerHandle | None = None
         self._closed = False
+        self._later: set[Callable[[], None]] = set()
+        """Who has more to read than this turn had time for."""
         self._events = self._socket(zmq.SUB)
         self._events.subscribe(b"")
         self._monitor = self._events.get_monitor_socket(int(_CONNECTED))
@@ -183,7 +185,7 @@ class Feed:
         return socket
 
     def _add(self, socket: zmq.Socket[bytes], read: Callable[[], None]) -> None:
-        self._loop.add_reader(_descriptor(socket), read)
+        self._loop.add_reader(_descriptor(socket), self._ready, read)
         self._loop.call_soon(read)  # what came before the reader was there is not told again
 
     def _read(self, socket: zmq.Socket[bytes], take: Callable[[list[bytes]], None], again: Callable[[], None]) -> bool:
@@ -202,8 +204,19 @@ class Feed:
             take(frames)
             if self._closed or socket.closed:
                 return any_read
-        self._loop.call_soon(again)
+        if again not in self._later:
+            self._later.add(again)
+            self._loop.call_soon(self._go_on, again)
         return any_read
+
+    def _go_on(self, read: Callable[[], None]) -> None:
+        self._later.discard(read)
+        read()
+
+    def _ready(self, read: Callable[[], None]) -> None:
+        """The descriptor says so, turn after turn, until all is read: what is to go on later does so once."""
+        if read not in self._later:
+            read()
 
 
 def _descriptor(socket: zmq.Socket[bytes]) -> int:
