@@ -352,7 +352,7 @@ def test_static_fleet_serves_any_model_at_the_given_urls() -> None:
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("https://h:1", "scheme 'https' is not supported"),
+        ("ftp://h:1", "scheme 'ftp' is not supported"),
         ("http://h:1/v1", "only a host and a port may be given"),
         ("http://user:secret@h:1", "only a host and a port may be given"),
         ("http://h:99999", "Port out of range"),
