@@ -109,8 +109,9 @@ def filled(expression: str) -> str:
 
 def break_a_worker_under(count: int, url: str, story: Story, when: When, prometheus: Prometheus) -> None:
     """Answers that come whole have no first byte for seconds: those of the worker that is killed are asked of another."""
-    body = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 500, "ignore_eos": True}
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1500, "ignore_eos": True}
     in_flight = "sum(kvfleet_router_in_flight)"
+    wait_until(lambda: prometheus.values(in_flight), "the router is scraped", 30)
     with ThreadPoolExecutor(count) as pool:
         asked = [pool.submit(httpx.post, url, json=body, timeout=60) for _ in range(count)]
         enough = len(LOAD) + count // 2
