@@ -35,6 +35,8 @@ def test_a_multi_node_pool_waits_for_its_kind_and_then_serves_from_its_leaders(
     without_lws: None, kvfleet: Installation, given: Given, when: When, then: Then, story: Story
 ) -> None:
     kube = story.kube
+    if leaderworkersets.installed(story.cluster):  # by a first try
+        leaderworkersets.remove(story.cluster)
     workers = pool("llama", GROUPS, engine=engine(1), parallelism=PARALLELISM, rollout=ROLLOUT)
     given.applied(workers, policy(strategy="least_request"), router())
 
