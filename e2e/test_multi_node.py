@@ -18,7 +18,9 @@ GROUPS, NODES = 2, 2
 LEADERS = "app.kubernetes.io/component=engine"
 FOLLOWERS = "app.kubernetes.io/component=engine-follower"
 PARALLELISM = {"tensor": 2, "nodes": NODES}
-ROLLOUT = {"maxSurge": 1, "maxUnavailable": 0}
+ROLLOUT = {"maxSurge": 1, "maxUnavailable": 0, "drainSeconds": 10}
+"""Followers stay until their leader is gone, and take a simulated leader, which is back at its address at once, for the one
+they know: they leave when the drain is over. A real engine is not ready again before its new followers are."""
 
 
 @pytest.fixture(scope="module")

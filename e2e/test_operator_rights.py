@@ -27,6 +27,8 @@ def test_the_operator_needs_no_more_than_its_role(
     kvfleet: Installation, given: Given, when: When, then: Then, story: Story
 ) -> None:
     """Everything it does, from creating to deleting, without one refusal."""
+    # Not from zero: what is created in a namespace that is on its way out, as other tests' are, is refused with 403 too.
+    refused = kvfleet.metrics().total(REQUESTS, code="401|403")
     given.applied(pool(adapters=[]), policy(), router())
     then.ready("ModelPool", "llama", within_s=90).ready("FleetRouter", "router", within_s=90)
     when.patched("ModelPool", "llama", {"spec": {"engine": {"env": [{"name": "NEW", "value": "1"}]}}})
@@ -37,7 +39,7 @@ def test_the_operator_needs_no_more_than_its_role(
     then.is_so(
         "RoutingPolicy", "all", "has no router", lambda found: condition(found, "Programmed")["reason"] == "NoRouter"
     )
-    assert kvfleet.metrics().total(REQUESTS, code="401|403") == 0
+    assert kvfleet.metrics().total(REQUESTS, code="401|403") == refused
     for verb, resource in (
         ("get", "secrets"),
         ("create", "pods"),
