@@ -88,7 +88,7 @@ def test_pods_meet_the_restricted_pod_security_standard(template: Render, case: 
         assert spec["securityContext"]["runAsNonRoot"] is True
         assert spec["securityContext"]["seccompProfile"]["type"] == "RuntimeDefault"
         assert not {"hostNetwork", "hostPID", "hostIPC"} & spec.keys()
-        assert all(volume.keys() <= {"name", "emptyDir", "configMap"} for volume in spec.get("volumes", []))
+        assert all(volume.keys() <= {"name", "emptyDir", "configMap", "secret"} for volume in spec.get("volumes", []))
         for each in spec["containers"]:
             context = each["securityContext"]
             assert context["allowPrivilegeEscalation"] is False

@@ -100,6 +100,8 @@ class Sharing:
         self._backlog: deque[tuple[str, tuple[int, ...]]] = deque()
         self._backlog_blocks = 0
         self._told_placed: deque[tuple[float, list[tuple[str, bytes]]]] = deque()
+        self._lost = 0
+        """Peers that fell silent and may be heard again."""
         self._asked = 0
         self._asked_at = self._started_at
         self._caught_up = False
@@ -193,7 +195,7 @@ class Sharing:
         return portion
 
     def _tell_again(self, now: float) -> None:
-        """Nobody can be reached; for some time before that was noticed, nobody may have heard."""
+        """Somebody could not be reached; for some time before that was noticed, nobody may have heard."""
         for told_at, portion in self._told_placed:
             for name, data in portion if now - told_at <= UNNOTICED_S else ():
                 blocks = tuple(unpacked(data))
@@ -238,6 +240,9 @@ class Sharing:
                 peer = self._peers[sender] = _Peer()
                 peer.number = body.number - 1
                 self._whole_due = -inf  # it may have come just now: do not let it wait
+                if self._lost:  # one of them, most likely: nor let it miss what was told while it could not hear
+                    self._lost -= 1
+                    self._tell_again(self._clock())
             else:
                 return
         if body.number <= peer.number:
@@ -285,6 +290,7 @@ class Sharing:
         silent = [sender for sender, peer in self._peers.items() if now - peer.heard_at > EXPIRY_S]
         for sender in silent:
             self._forget(sender)
+        self._lost += len(silent)
         if silent:
             self.apply()
 
