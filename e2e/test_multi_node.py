@@ -77,15 +77,19 @@ def test_a_multi_node_pool_waits_for_its_kind_and_then_serves_from_its_leaders(
         then.is_so("ModelPool", "llama", "rolls out", lambda found: condition(found, "Progressing")["status"] == "True")
         then.ready("ModelPool", "llama", within_s=180)
         all_answer(then, load, GROUPS + 1)
-        after = kube.list("Pod", LEADERS)
-        assert all("--max-num-seqs" in pod["spec"]["containers"][0]["args"] for pod in after)
-        assert len(before) == len(after) == GROUPS + 1
+        assert len(before) == GROUPS + 1
+        then.eventually("every group is new", lambda: all_new(kube.list("Pod", LEADERS)), within_s=120)
     assert load.failures == []
 
     when.deleted("ModelPool", "llama")
     then.gone("LeaderWorkerSet", "llama-lws").counts("Pod", 0, LEADERS, within_s=90).counts(
         "Pod", 0, FOLLOWERS, within_s=90
     )
+
+
+def all_new(leaders: list[Object]) -> bool:
+    new = ["--max-num-seqs" in pod["spec"]["containers"][0]["args"] for pod in leaders]
+    return new == [True] * (GROUPS + 1)
 
 
 def replicas(count: int) -> Callable[[Object], bool]:
