@@ -77,8 +77,8 @@ def test_a_multi_node_pool_waits_for_its_kind_and_then_serves_from_its_leaders(
         then.is_so("ModelPool", "llama", "rolls out", lambda found: condition(found, "Progressing")["status"] == "True")
         then.ready("ModelPool", "llama", within_s=180)
         all_answer(then, load, GROUPS + 1)
+        assert all_new(kube.list("Pod", LEADERS))
         assert len(before) == GROUPS + 1
-        then.eventually("every group is new", lambda: all_new(kube.list("Pod", LEADERS)), within_s=120)
     assert load.failures == []
 
     when.deleted("ModelPool", "llama")

@@ -31,6 +31,8 @@ READ_TIMEOUT_S: Final = 30.0
 PAGE: Final = 500
 VERBS: Final = {"GET": "get", "POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}
 """As RBAC names them."""
+TERMINATING: Final = "NamespaceTerminating"
+"""Why an object is refused whose namespace is being deleted: as the API server names it, in errors and as the metric's code."""
 
 
 kubernetes_config: Any = kubernetes.aio.config
@@ -207,7 +209,7 @@ class KubeApi:
         if method != "GET":
             timeout_s = self._write_timeout_s
             self.fence()
-        code = 0
+        code, payload = 0, b""
         try:
             pairs = [(key, value) for key, value in (query or {}).items() if value]
             serialized = await self._client.param_serialize(
@@ -225,17 +227,30 @@ class KubeApi:
             raise ApiError(0, "Unreachable", f"{method} {path}: {error or type(error).__name__}") from error
         finally:
             what = f"{resource.plural}/{subresource}" if subresource else resource.plural
-            self._metrics.api_requests.labels(verb or VERBS[method], what, str(code)).inc()
-        return _decoded(code, payload, f"{method} {path}")
+            document = _parsed(payload)
+            told = TERMINATING if code == 403 and _of_a_dying_namespace(document) else str(code)
+            self._metrics.api_requests.labels(verb or VERBS[method], what, told).inc()
+        return _checked(code, document, payload, f"{method} {path}")
 
 
-def _decoded(code: int, payload: bytes, what: str) -> Manifest:
+def _parsed(payload: bytes) -> Any:
     try:
-        document = json.loads(payload) if payload else {}
+        return json.loads(payload) if payload else {}
     except ValueError:
-        document = {}
+        return {}
+
+
+def _of_a_dying_namespace(document: Any) -> bool:
+    """Creating in a namespace that is being deleted is "forbidden", as if a right were missing; its details say why."""
+    details = document.get("details") if isinstance(document, dict) else None
+    causes = details.get("causes") if isinstance(details, dict) else None
+    return any(isinstance(cause, dict) and cause.get("reason") == TERMINATING for cause in causes or ())
+
+
+def _checked(code: int, document: Any, payload: bytes, what: str) -> Manifest:
     if 200 <= code <= 299 and isinstance(document, dict):
         return cast(Manifest, document)
     status = document if isinstance(document, dict) else {}
     message = str(status.get("message") or payload[:200].decode(errors="replace"))
-    raise ApiError(code, str(status.get("reason") or ""), f"{what}: {message}" if message else what)
+    reason = TERMINATING if _of_a_dying_namespace(document) else str(status.get("reason") or "")
+    raise ApiError(code, reason, f"{what}: {message}" if message else what)

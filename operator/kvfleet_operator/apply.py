@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from kvfleet_api.common import Resource
-from kvfleet_operator.api import ApiError, KubeApi
+from kvfleet_operator.api import TERMINATING, ApiError, KubeApi
 from kvfleet_operator.reconcile import names
 from kvfleet_operator.reconcile.dependents import key_of
 from kvfleet_operator.reconcile.drift import difference
@@ -161,6 +161,8 @@ def _refusals_of(manifest: Manifest) -> Iterator[None]:
             kind = manifest["kind"]
             message = f"The cluster has no {kind} (or no such namespace): install its CRDs or change the spec."
             raise Refused(manifest, "KindNotInstalled", message) from error
+        if error.reason == TERMINATING:
+            raise Refused(manifest, "Terminating", "Its namespace is being deleted.") from error
         if error.permanent:
             words = " ".join(str(error).split())  # in one line, for logs
             raise Refused(manifest, "Rejected", f"The API server refuses it: {words}") from error

@@ -46,7 +46,7 @@ class Metrics:
         )
         self.api_requests = Counter(
             "kvfleet_operator_api_requests",
-            "Requests to the API server by verb, resource and status code (0: no answer).",
+            "Requests to the API server by verb, resource and status code (0: no answer; NamespaceTerminating: a 403 that needs no right).",
             ["verb", "resource", "code"],
             registry=self.registry,
         )

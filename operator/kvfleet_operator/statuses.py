@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from kvfleet_api.common import Condition
-from kvfleet_operator.api import ApiError, KubeApi
+from kvfleet_operator.api import TERMINATING, ApiError, KubeApi
 from kvfleet_operator.reconcile.conditions import Transition, dump, transitions
 from kvfleet_operator.reconcile.names import MANAGER
 from kvfleet_operator.reconcile.plan import Manifest
@@ -102,4 +102,5 @@ class StatusWriter:
         try:
             await self._api.create(EVENT, event)
         except ApiError as error:
-            logger.warning("event about %s %s not posted: %s", regarding["kind"], metadata["name"], error)
+            log = logger.info if error.reason == TERMINATING else logger.warning
+            log("event about %s %s not posted: %s", regarding["kind"], metadata["name"], error)

@@ -127,7 +127,7 @@ def test_what_went_wrong_is_said_with_the_remedy(call, status, body, words):
 
 SQL, LAW = {"name": "sql", "uri": "/a"}, {"name": "law", "uri": "/b"}
 ALL = WorkerAdapters({"sql": "/a", "law": "/b"})
-RUNNING = Rollout(wanted=2, existing=2, ready=2, updated=2, observed=True, stuck="")
+RUNNING = Rollout(wanted=2, existing=2, ready=2, updated=2, observed=True, settled=True, stuck="")
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_the_condition_says_how_far_it_is(make, workers, status, reason, words):
 
 def test_a_pool_at_zero_has_nothing_to_load_into(make):
     spec = make.parse(make.pool(adapters=[SQL])).spec
-    at_zero = Rollout(wanted=0, existing=0, ready=0, updated=0, observed=True, stuck="")
+    at_zero = Rollout(wanted=0, existing=0, ready=0, updated=0, observed=True, settled=True, stuck="")
     assert adapters.finding(spec, at_zero, {}).reason == "ScaledToZero"
     assert adapters.finding(spec, None, {}).reason == "NoneReady"
 

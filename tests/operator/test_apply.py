@@ -252,6 +252,32 @@ async def test_a_missing_right_is_told_whatever_it_is_for(applier, cluster, make
     assert [(r.kind, r.reason) for r in applied.rejections] == [("Deployment", "Rejected")]
 
 
+async def test_a_dying_namespace_is_no_missing_right(applier, cluster, make, pool, metrics):
+    """As kube-apiserver 1.34 answers, shortened."""
+    why = {
+        "reason": "NamespaceTerminating",
+        "message": "namespace default is being terminated",
+        "field": "metadata.namespace",
+    }
+    body = {
+        "kind": "Status", "status": "Failure", "reason": "Forbidden", "code": 403,
+        "message": 'poddisruptionbudgets.policy "llama-workers" is forbidden: unable to create new content in namespace default'
+        " because it is being terminated",
+        "details": {"name": "llama-workers", "kind": "poddisruptionbudgets", "causes": [why]},
+    }  # fmt: skip
+    cluster["patch /apis/policy/v1/namespaces/default/poddisruptionbudgets/llama-workers"] << 403 << body
+    applied, _ = await bring_about(applier, make, pool)
+    assert [(r.kind, r.reason) for r in applied.rejections] == [("PodDisruptionBudget", "Terminating")]
+    codes = {
+        sample.labels["code"]: sample.value
+        for family in metrics.api_requests.collect()
+        for sample in family.samples
+        if sample.name.endswith("_total") and sample.labels["resource"] == "poddisruptionbudgets"
+    }
+    assert codes.get("NamespaceTerminating") == 1
+    assert "403" not in codes
+
+
 async def test_a_passing_failure_is_raised_to_be_tried_again(applier, cluster, make, pool):
     cluster["patch /apis/policy/v1/namespaces/default/poddisruptionbudgets/llama-workers"] << 503
     with pytest.raises(ApiError) as raised:

@@ -178,11 +178,18 @@ def test_the_drain_of_a_dead_engine_ends_at_once(engine_metrics):
     drain(engine_metrics.server_port, 60, 60)
 
 
-def test_a_follower_stays_until_its_leader_is_gone(engine_metrics):
+def test_a_follower_stays_while_its_leader_serves(engine_metrics):
+    engine_metrics.busy = 40
+    drain(engine_metrics.server_port, 0, 20, "follow")
+    assert engine_metrics.scrapes == 42
+
+
+def test_a_follower_leaves_when_its_leader_is_gone(engine_metrics):
+    engine_metrics.busy = 10**9
     ended = []
     thread = threading.Thread(target=lambda: ended.append(drain(engine_metrics.server_port, 0, 20, "follow")))
     thread.start()
-    assert engine_metrics.scraped_often.wait(timeout=20)  # idle throughout, and yet it stays
+    assert engine_metrics.scraped_often.wait(timeout=20)
     assert not ended
     engine_metrics.shutdown()
     engine_metrics.server_close()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from kvfleet_api.compile import compile_fleet
 from kvfleet_api.manifests import KINDS
-from kvfleet_operator.reconcile import modelpool
+from kvfleet_operator.reconcile import modelpool, rollout
 from kvfleet_operator.reconcile.adapters import WorkerAdapters
 from kvfleet_operator.reconcile.drift import difference
 from kvfleet_operator.reconcile.plan import Applied, Rejection, kind_name
@@ -71,6 +71,19 @@ def test_a_rolled_out_pool_is_ready(make):
 def test_readiness_follows_the_workload(make, live, available, progressing, ready):
     conditions, _ = conditions_of(given_for(make, replicas=2), live)
     assert (conditions["Available"], conditions["Progressing"], conditions["Ready"]) == (available, progressing, ready)
+
+
+@pytest.mark.parametrize(
+    ("says", "complete"),
+    [({}, False), ({"Progressing": "True", "Available": "False"}, False), ({"Available": "True"}, True)],
+)
+def test_a_group_that_is_about_to_be_replaced_is_no_end_of_a_rollout(says, complete):
+    """While a surged group stands in for one that is not replaced yet, the counts are already as wanted."""
+    live = workload(conditions=[{"type": kind, "status": status} for kind, status in says.items()])
+    del live["status"]["observedGeneration"]
+    read = rollout.read(live | {"kind": "LeaderWorkerSet"})
+    assert read.complete is complete
+    assert rollout.read(live).complete is False, "a Deployment says which generation it has seen"
 
 
 def test_a_missing_profile_holds_a_new_workload_back_and_leaves_a_running_one_alone(make):

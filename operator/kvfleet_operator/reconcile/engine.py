@@ -56,10 +56,11 @@ while time.monotonic() - start < settle_s + drain_s and failed < 5:
         idle, failed = (0 if busy else idle + 1), 0
     except OSError:
         idle, failed = 0, failed + 1
-    if idle >= 3 and not follow and time.monotonic() - start >= settle_s:
+    if idle >= 3 and time.monotonic() - start >= settle_s:
         break
 """
-"""The preStop hook. A follower of a multi-node worker stays until its leader is gone."""
+"""The preStop hook. A follower of a multi-node worker stays until its leader is idle or gone. It knows the leader by the
+group's address, where the next leader is soon: that one is idle until it has followers of its own."""
 
 
 def serve_args(pool: ModelPool, *, with_lora: bool = False) -> list[str]:

@@ -17,6 +17,9 @@ class Rollout:
     updated: int
     observed: bool
     """Its controller has seen the latest spec."""
+    settled: bool
+    """Its controller does not say that it is still replacing something: a LeaderWorkerSet's counts are of surged groups too,
+    its `Available` is not, and excludes `UpdateInProgress` and `Progressing`."""
     stuck: str
     """Why it makes no progress, in its controller's words; empty: it does, or is done."""
 
@@ -24,6 +27,7 @@ class Rollout:
     def complete(self) -> bool:
         return (
             self.observed
+            and self.settled
             and self.existing == self.wanted
             and self.updated >= self.wanted
             and self.ready >= self.wanted
@@ -52,6 +56,7 @@ def read(workload: Mapping[str, Any] | None) -> Rollout | None:
         ready=int(status.get("readyReplicas", 0)),
         updated=int(status.get("updatedReplicas", 0)),
         observed=generation is None or seen >= generation,
+        settled=workload["kind"] != "LeaderWorkerSet" or (conditions.get("Available") or {}).get("status") == "True",
         stuck=stuck,
     )
 
