@@ -1,7 +1,8 @@
 """kvfleet: send each request where it costs least: its own time, the others' time, the SLO, energy.
 
-    cost = TTFT + φ·own + harm + evict + slo + λ·ΔE                                    seconds, argmin
+    cost = TTFT + φ·ρ·own + harm + evict + slo + λ·ΔE                                  seconds, argmin
 
+    ρ      = min(1, .1 + share/.3)                                                     how busy with prefills it is
     TTFT   = backlog + own + step + kv_wait                                            (core/predict.py)
     harm   = aP·own·n_dec + bD·E·[(H + C·(L + E/2))·n1 + H·n1 + C·ctx]                 what it slows, and is slowed
     evict  = gE·max(0, u + E − free)·Pp·exp(−age of the LRU tail / 60 s)               what it pushes out of the cache
@@ -15,7 +16,8 @@
 
     L prompt tokens, u uncached, E expected output, n_dec decoding, n1 decoding and pending, slack = deadline − now.
 
-Intent. Backlog is measured in time, so a short prompt does not queue behind an 80k one. The SLO term is marginal: a worker
+Intent. Backlog is measured in time, so a short prompt does not queue behind an 80k one. Own prefill is others' waiting time as
+far as others come while it lasts: on a worker that seldom prefills it is not. The SLO term is marginal: a worker
 beyond its SLO costs nothing more, so overload is concentrated instead of pushing every worker just over the line. Its stall
 term is what means over 20 s miss: an answer of few tokens has no time to recover from one long prefill right behind its own,
 and the prompts pending on a worker are exactly those whose answers begin when this prefill does. An answer longer than its
@@ -50,7 +52,7 @@ from kvfleet_router.core.worker import PREFILL_SHARE_WINDOW_S, Worker
 class Weights:
     """The policy's constants; symbols in brackets are those of the formula."""
 
-    own_prefill: float  # [φ] own prefill time again: it is also everyone else's waiting time
+    own_prefill: float  # [φ] own prefill time again, on a worker busy with prefills: it is others' waiting time
     prefill_harm: float  # [aP] seconds of prefill x sequences it interrupts
     decode_harm: float  # [bD] seconds of slower steps, its own and the others'
     eviction: float  # [gE] seconds to prefill again what it evicts
@@ -95,6 +97,11 @@ ENERGY_OFF_ABOVE_LOAD: Final = 0.6
 around the share of the capacity that is asked for: at 0.8 of it the policy is the latency policy all the time."""
 FADING_STEPS: Final = 20
 
+BUSY_PREFILL_SHARE: Final = 0.3
+"""[ρ] Share of its time in prefill from which on a worker's prefills are taken to delay others. With φ in full on short prompts,
+cached prefixes weigh too much: mean TTFT is 5 % above that of lmetric."""
+LEAST_BUSY: Final = 0.1
+"""[ρ] of an idle worker: enough for what it caches to count among equals."""
 EVICTION_AGE_S: Final = 60.0
 ITL_SHARPNESS: Final = 0.06
 TTFT_SHARPNESS: Final = 0.05
@@ -172,7 +179,9 @@ class KVFleet(Policy):
             slo += weights.ttft_slo_s * _sigmoid((ttft - weights.ttft_margin * slack) / (TTFT_SHARPNESS * slack))
 
         energy = price * marginal_joules(arrival, worker, uncached) if price else 0.0
-        return backlog, own, step, kv_wait, weights.own_prefill * own, harm, evict, slo, energy
+        busy = LEAST_BUSY + share / BUSY_PREFILL_SHARE
+        own_weight = weights.own_prefill * own * (busy if busy < 1.0 else 1.0)
+        return backlog, own, step, kv_wait, own_weight, harm, evict, slo, energy
 
     def score_many(self, arrival: Arrival, workers: Columns, cached_tokens: Array, now: float) -> tuple[Array, ...]:
         weights, price = self._weights(arrival.load) if self._prices_energy else (self.latency, 0.0)
@@ -215,7 +224,8 @@ class KVFleet(Policy):
             slo += weights.ttft_slo_s * _sigmoids((ttft - weights.ttft_margin * slack) / (TTFT_SHARPNESS * slack))
 
         energy = price * marginal_joules_many(arrival, workers, uncached) if price else np.zeros_like(own)
-        return backlog, own, step, kv_wait, weights.own_prefill * own, harm, evict, slo, energy
+        own_weight = weights.own_prefill * own * np.minimum(LEAST_BUSY + share / BUSY_PREFILL_SHARE, 1.0)
+        return backlog, own, step, kv_wait, own_weight, harm, evict, slo, energy
 
 
 class KVFleetLatency(KVFleet):

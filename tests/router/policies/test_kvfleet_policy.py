@@ -13,6 +13,7 @@ from kvfleet_router.policies.kvfleet import (
     GOODPUT,
     GUARD,
     LATENCY,
+    LEAST_BUSY,
     KVFleet,
 )
 
@@ -51,10 +52,19 @@ def test_an_idle_worker_costs_its_prefill_and_a_step():
     parts, _ = parts_of(one_worker(), request(2000))
     own = COST.prefill_s(2000, 2000) * (1 + COST.step_s / (8192 * COST.prefill_s_per_token))
     assert parts["prefill"] == pytest.approx(own)
-    assert parts["prefill_weight"] == pytest.approx(GOODPUT.own_prefill * own)
+    assert parts["prefill_weight"] == pytest.approx(GOODPUT.own_prefill * LEAST_BUSY * own)
     assert parts["step"] == COST.step_s
     assert parts["backlog"] == parts["kv_wait"] == parts["harm"] == parts["evict"] == parts["energy"] == 0.0
     assert 0 <= parts["slo"] < 1e-3
+
+
+@pytest.mark.parametrize(("share", "busy"), [(0.0, LEAST_BUSY), (0.15, LEAST_BUSY + 0.5), (0.3, 1.0), (0.9, 1.0)])
+def test_own_prefill_weighs_as_others_are_likely_to_come_meanwhile(share, busy):
+    fleet = one_worker()
+    worker = fleet.dispatcher.workers()[0]
+    worker.prefill_share, worker.prefill_share_at = share, fleet.now
+    parts, _ = parts_of(fleet, request(2000))
+    assert parts["prefill_weight"] == pytest.approx(GOODPUT.own_prefill * busy * parts["prefill"])
 
 
 def test_cached_tokens_save_their_prefill():
@@ -79,7 +89,7 @@ def test_latency_constants_count_interrupted_sequences_and_no_slo():
     worker = decoding(fleet, 10)
     parts, _ = parts_of(fleet, request(1000))
     assert parts["slo"] == 0.0
-    assert parts["prefill_weight"] == pytest.approx(LATENCY.own_prefill * parts["prefill"])
+    assert parts["prefill_weight"] == pytest.approx(LATENCY.own_prefill * LEAST_BUSY * parts["prefill"])
     goodput, _ = parts_of(one_worker(), request(1000))
     assert parts["harm"] - goodput["harm"] > LATENCY.prefill_harm * parts["prefill"] * worker.decoding
 
