@@ -1,6 +1,6 @@
 """Why a pool has so many workers, from its status: what decided, what holds it back, when it last changed.
 
-The status is the operator's own word (`status.autoscaling`, the conditions), read with whatever a kubeconfig gives.
+The status is the operator's own word (`status.autoscaling`, `status.energy`, the conditions), read with whatever a kubeconfig gives.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from rich.text import Text
 
 from kvfleet_api import GROUP, VERSION
 from kvfleet_api.common import Condition
-from kvfleet_api.modelpool import ModelPool
+from kvfleet_api.modelpool import EnergyStatus, ModelPool
 
 TIMEOUT_S = 10
-SHOWN = ("ScalingActive", "Ready", "Progressing", "Accepted")
-"""Conditions that tell something about the number of workers."""
+SHOWN = ("ScalingActive", "EnergyTrusted", "Ready", "Progressing", "Accepted")
+"""Conditions that tell something about the number of workers, and whether joules steer."""
 
 
 class PoolError(Exception):
@@ -101,6 +101,8 @@ def explain_pool(pool: ModelPool, now: datetime | None = None) -> RenderableType
             lines.append(_line("forecast", f"{told.forecast}{_says(autoscaling.forecast.mode)}"))
         if told.startup_seconds is not None:
             lines.append(_line("start-up", f"{told.startup_seconds} s until a worker is ready"))
+    if status is not None and status.energy is not None:
+        lines.append(_line("energy", _energy(status.energy)))
     conditions = {condition.type: condition for condition in (status.conditions if status else [])}
     lines += [_condition(conditions[kind]) for kind in SHOWN if kind in conditions]
     return Group(*lines, "")
@@ -118,6 +120,25 @@ def _headline(pool: ModelPool) -> Text:
 
 def _line(what: str, text: str, style: str = "") -> Text:
     return Text(f"  {what + ':':<16}").append(text, style=style)
+
+
+UNITS = {
+    "StepEnergy": ("E0", "J/step", 1e6),
+    "TokenEnergy": ("E1", "mJ/token", 1e3),
+    "PrefillTokenEnergy": ("prefill", "mJ/token", 1e3),
+    "IdlePower": ("idle", "W", 1e6),
+}
+
+
+def _energy(energy: EnergyStatus) -> str:
+    """What was learned: each coefficient with its standard error."""
+    told = []
+    for learned in energy.coefficients:
+        name, unit, scale = UNITS[learned.coefficient]
+        value, error = learned.value_microunits / scale, learned.standard_error_microunits / scale
+        told.append(f"{name} {value:.3g} ± {error:.2g} {unit}")
+    off = f"{energy.samples} intervals, off by {energy.error_percent} %"
+    return "; ".join([f"{energy.source}: {off}", *told])
 
 
 def _says(mode: str) -> str:

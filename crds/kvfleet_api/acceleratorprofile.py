@@ -128,17 +128,26 @@ class AcceleratorProfileSpec(Schema):
     """Used for a model that no row matches."""
 
 
-class Estimate(LenientSchema):
-    """A coefficient refined at run time."""
+class Learned(LenientSchema):
+    """A coefficient as telemetry taught it."""
 
-    model: ShortText
-    """The model it holds for."""
     coefficient: Literal["StepEnergy", "TokenEnergy", "PrefillTokenEnergy", "IdlePower"]
     """E0, E1, the prefill energy of a token, or the idle power of a worker."""
     value_microunits: int
     """Micro-joules (energies) or micro-watts (power)."""
     standard_error_microunits: int
     """Its standard error, in the same unit."""
+
+
+class Estimate(Learned):
+    """A coefficient refined at run time. It is of a whole worker: of all its devices."""
+
+    model: ShortText
+    """The model it holds for."""
+    tensor_parallel: int
+    """Devices that the model is split over."""
+    pool: ShortText
+    """The ModelPool (`namespace/name`) where it was learned."""
     samples: int
     """Measurements it rests on."""
     last_update_time: Timestamp | None = None
@@ -150,8 +159,10 @@ class AcceleratorProfileStatus(LenientSchema):
     """The generation of the spec that this status speaks about."""
     conditions: Conditions = []
     """Ready."""
-    estimates: Annotated[list[Estimate], UniqueBy("model", "coefficient"), Field(max_length=512)] = []
-    """What telemetry taught about the coefficients."""
+    estimates: Annotated[
+        list[Estimate], UniqueBy("model", "tensor_parallel", "coefficient"), Field(max_length=512)
+    ] = []
+    """What telemetry taught about the coefficients. It outlives routers and pools; nobody computes with it."""
     pools: Annotated[list[ShortText], UniqueBy(), Field(max_length=1024)] = []
     """ModelPools (`namespace/name`) that refer to this profile."""
 

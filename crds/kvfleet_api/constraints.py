@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
+from pydantic.alias_generators import to_camel
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
@@ -104,7 +105,7 @@ class UniqueBy:
         json_schema = handler(schema)
         json_schema["x-kubernetes-list-type"] = "map" if self.keys else "set"
         if self.keys:
-            json_schema["x-kubernetes-list-map-keys"] = list(self.keys)
+            json_schema["x-kubernetes-list-map-keys"] = [to_camel(key) for key in self.keys]
         return json_schema
 
     def _check(self, entries: list[Any]) -> list[Any]:

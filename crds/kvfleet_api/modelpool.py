@@ -6,6 +6,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field, JsonValue
 
+from kvfleet_api.acceleratorprofile import Learned
 from kvfleet_api.common import (
     Conditions,
     LenientSchema,
@@ -362,6 +363,19 @@ class AutoscalingStatus(LenientSchema):
     """What the pool's last workers took until they were ready: the 90th percentile of up to 32."""
 
 
+class EnergyStatus(LenientSchema):
+    """As of the last time it changed noticeably: a coefficient by 5 %, a standard error or the number of samples by half."""
+
+    source: ShortText
+    """Where joules come from: `Profile`, `Learning`, `Measured`, `LowConfidence`, `Stale`, `Frozen` or `Absurd`."""
+    error_percent: int
+    """By how much intervals differ from what the coefficients say, on average."""
+    samples: int
+    """Intervals the coefficients rest on."""
+    coefficients: Annotated[list[Learned], UniqueBy("coefficient"), Field(max_length=4)] = []
+    """What was learned, of a whole worker."""
+
+
 class ModelPoolStatus(LenientSchema):
     observed_generation: int | None = None
     """The generation of the spec that this status speaks about."""
@@ -381,6 +395,8 @@ class ModelPoolStatus(LenientSchema):
     """What the autoscaler last decided."""
     adapters: Annotated[list[ModelName], UniqueBy(), Field(max_length=256)] = []
     """Adapters loaded on every ready worker."""
+    energy: EnergyStatus | None = None
+    """What routers with telemetry learned of the workers' energy."""
 
 
 class ModelPool(Resource):

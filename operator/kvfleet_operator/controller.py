@@ -85,8 +85,13 @@ class Controller:
             for key in self._world.keys(kind, namespace):
                 self._queue.add(key)
         for pool in self._world.pools():
-            if pool.spec.model.tokenizer is not None and (pool.metadata.namespace or "default") == namespace:
+            if (pool.metadata.namespace or "default") != namespace:
+                continue
+            metered = self._world.energy_views(pool) is not None or (pool.status and pool.status.energy)
+            if metered or pool.spec.model.tokenizer is not None:
                 self._queue.add(Key("ModelPool", namespace, pool.metadata.name))
+            if metered:
+                self._queue.add(Key("AcceleratorProfile", None, pool.spec.accelerator.profile_ref))
 
     def adapters_reported(self, pool: Key) -> None:
         """Something new is known of the adapters of one of its workers."""
@@ -131,8 +136,7 @@ class Controller:
             case RoutingPolicy():
                 return await self._report(live, self._routing_policy(parsed))
             case AcceleratorProfile():
-                status = acceleratorprofile.status(parsed, self._world.pools(), self._namespaces, self._stamp())
-                return await self._report(live, status)
+                return await self._report(live, self._profile(parsed))
         raise TypeError(f"no reconciler for {key.kind}")
 
     async def _model_pool(self, live: Manifest, pool: ModelPool) -> bool:
@@ -143,6 +147,7 @@ class Controller:
             self._world.children(pool),
             self._world.worker_adapters(pool),
             self._world.cache_views(pool),
+            self._world.energy_views(pool),
         )
         applied, written = await self._bring_about(live, pool, modelpool.children(given))
         return await self._report(live, modelpool.status(given, applied, self._stamp())) or written
@@ -168,6 +173,10 @@ class Controller:
         views = [fleetrouter.view(self._router_input(router)) for router in self._world.routers(namespace)]
         included = policy.metadata.name in compiled
         return routingpolicy.status(policy, self._problems(policy), included, views, self._stamp())
+
+    def _profile(self, profile: AcceleratorProfile) -> dict[str, Any]:
+        energies = self._world.pool_energies(profile.metadata.name)
+        return acceleratorprofile.status(profile, self._world.pools(), self._namespaces, self._stamp(), energies)
 
     def _problems(self, resource: Resource) -> list[Problem]:
         fleet = self._world.fleet(resource.metadata.namespace or "default")

@@ -3,7 +3,8 @@
 A router answers `GET /loaded` at its admin port:
 
     {"revision": "…", "policies": {"chat": {"generation": 3, "revision": "…"}, …}, "refused": null or a reason,
-     "pools": {"llama-8b": {"mode": "Precise" or "Approximate", "reason": "…", "message": "…"}, …}}
+     "pools": {"llama-8b": {"mode": "Precise" or "Approximate", "reason": "…", "message": "…",
+                            "energy": {"source": "Measured", "trusted": true, "estimates": {"StepEnergy": …}, …}}, …}}
 
 Replicas that do not yet say what they should are asked every `EAGER_S`, the others now and then. What they say goes into
 the world; conditions follow from it. Routers need no permission to write anything for this, and serve on when nobody asks.
@@ -15,14 +16,17 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Annotated, Final, Literal
 
 import httpx
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, FiniteFloat, JsonValue, ValidationError
 
 from kvfleet_api.fleetrouter import FleetRouter
 from kvfleet_operator.exchange import NoAnswer, base_url, exchange
+from kvfleet_operator.reconcile import energyview
 from kvfleet_operator.reconcile.cacheview import CacheView
+from kvfleet_operator.reconcile.energyview import EnergyView, Learned
 from kvfleet_operator.reconcile.routingpolicy import Loaded
 from kvfleet_operator.world import World
 
@@ -43,6 +47,22 @@ class _PoolView(BaseModel):
     mode: Literal["Precise", "Approximate"]
     reason: Annotated[str, Field(pattern=r"^[A-Za-z]{1,64}$")]
     message: Annotated[str, Field(max_length=1000)] = ""
+    energy: JsonValue = None
+    """An `_Energy`. Judged apart: what a router of another version says of energy must not cost the rest."""
+
+
+class _Learned(BaseModel):
+    value: FiniteFloat
+    standard_error: FiniteFloat
+
+
+class _Energy(BaseModel):
+    source: Literal["Profile", "Learning", "Measured", "LowConfidence", "Stale", "Frozen", "Absurd"]
+    trusted: bool
+    message: Annotated[str, Field(max_length=1000)] = ""
+    error: FiniteFloat
+    intervals: Annotated[int, Field(ge=0)]
+    estimates: dict[Literal["StepEnergy", "TokenEnergy", "PrefillTokenEnergy", "IdlePower"], _Learned]
 
 
 class _Answer(BaseModel):
@@ -112,7 +132,12 @@ class Reports:
         self._asked[replica] = self._clock()
         async with self._limit:
             loaded = await self._loaded(f"{base_url(ip, router.spec.admin_port)}/loaded")
-        if loaded is not None and self._world.reports.get(replica) != loaded:
+        if loaded is None:
+            return
+        known = self._world.reports.get(replica)
+        if known is not None:
+            loaded = replace(loaded, energy=energyview.steady(known.energy, loaded.energy))
+        if loaded != known:
             self._world.reports[replica] = loaded
             self._on_report(replica[0])
 
@@ -128,4 +153,19 @@ class Reports:
             return None
         policies = {name: policy.revision for name, policy in answer.policies.items()}
         pools = {name: CacheView(view.mode, view.reason, view.message) for name, view in answer.pools.items()}
-        return Loaded(answer.revision, policies, answer.refused or "", pools)
+        energy = {name: told for name, view in answer.pools.items() if (told := _energy(view.energy)) is not None}
+        return Loaded(answer.revision, policies, answer.refused or "", pools, energy)
+
+
+def _energy(told: JsonValue) -> EnergyView | None:
+    if told is None:
+        return None
+    try:
+        read = _Energy.model_validate(told)
+    except ValidationError as error:
+        logger.debug("energy: %s", error)
+        return None
+    estimates: dict[str, Learned] = {
+        name: Learned(entry.value, entry.standard_error) for name, entry in read.estimates.items()
+    }
+    return EnergyView(read.source, read.trusted, read.message, read.error, read.intervals, estimates)

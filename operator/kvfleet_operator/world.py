@@ -20,10 +20,11 @@ from kvfleet_api.manifests import KINDS
 from kvfleet_api.modelpool import ModelPool
 from kvfleet_api.problems import FieldProblem, explain
 from kvfleet_api.routingpolicy import RoutingPolicy
-from kvfleet_operator.reconcile import names
+from kvfleet_operator.reconcile import energyview, names
 from kvfleet_operator.reconcile.adapters import WorkerAdapters
 from kvfleet_operator.reconcile.cacheview import CacheView
 from kvfleet_operator.reconcile.dependents import Key, key_of
+from kvfleet_operator.reconcile.energyview import EnergyView, PoolEnergy
 from kvfleet_operator.reconcile.plan import Manifest, kind_name
 from kvfleet_operator.reconcile.routingpolicy import Loaded
 from kvfleet_operator.resources import pod_address, ready_since
@@ -163,6 +164,28 @@ class World:
             for replica, loaded in self.replicas(router).items():
                 said[replica] = loaded.pools.get(pool.metadata.name) if loaded else None
         return said
+
+    def energy_views(self, pool: ModelPool) -> dict[str, EnergyView | None] | None:
+        """Ready replica of the routers with telemetry → what it says of the pool's energy; None: there is no such router."""
+        routers = [
+            router for router in self.routers(pool.metadata.namespace or "default") if router.spec.telemetry is not None
+        ]
+        if not routers:
+            return None
+        return {
+            replica: loaded.energy.get(pool.metadata.name) if loaded else None
+            for router in routers
+            for replica, loaded in self.replicas(router).items()
+        }
+
+    def pool_energies(self, profile: str) -> list[PoolEnergy]:
+        """What routers say of the pools that refer to a profile."""
+        found = []
+        for pool in self.pools():
+            view = energyview.best((self.energy_views(pool) or {}).values())
+            if pool.spec.accelerator.profile_ref == profile and view is not None:
+                found.append(PoolEnergy(pool.key, pool.spec.model.source, pool.spec.parallelism.tensor, view))
+        return found
 
     def snapshot(self, kind: str) -> dict[Key, Manifest]:
         return {Key(kind, *where): manifest for where, manifest in self._objects.get(kind, {}).items()}

@@ -105,7 +105,7 @@ class RouterApp:
             config, clock=self.clock, rng=self._rng, policies=REGISTRY, epoch_s=time.time() - self.clock()
         )
         self.kv_events = Follower(self.dispatcher)
-        self.loaded = Loaded(config, self._cache_views)
+        self.loaded = Loaded(config, self._pool_views)
         self.metrics = RouterMetrics(self.dispatcher, self.loaded)
         self.telemetry = Telemetry(self.dispatcher, speed=speed)
         self.energy_metrics = EnergyMetrics(self.dispatcher)
@@ -250,9 +250,15 @@ class RouterApp:
         self.loaded.refuse(reason)
         log.error("a configuration was not taken: %s", reason)
 
-    def _cache_views(self) -> dict[str, dict[str, str]]:
-        """Pool → what its workers' caches are known by."""
-        return {pool.name: asdict(self.kv_events.cache_view(pool)) for pool in self.dispatcher.pools()}
+    def _pool_views(self) -> dict[str, dict[str, Any]]:
+        """Pool → what its workers' caches are known by and, where books of joules are kept, what is known of its energy."""
+        views: dict[str, dict[str, Any]] = {
+            pool.name: asdict(self.kv_events.cache_view(pool)) for pool in self.dispatcher.pools()
+        }
+        if self.dispatcher.config.telemetry is not None:
+            for told in self.dispatcher.energy_states():
+                views[told.pool]["energy"] = told.document()
+        return views
 
     def _forget_origins(self) -> None:
         self.upstreams.keep_only({worker.name for worker in self.dispatcher.workers()})

@@ -80,6 +80,32 @@ def test_it_says_what_decided_what_holds_it_back_and_when_it_changed():
     ]
 
 
+ENERGY = {
+    "source": "Measured",
+    "errorPercent": 3,
+    "samples": 120,
+    "coefficients": [
+        {"coefficient": "StepEnergy", "valueMicrounits": 3_100_000, "standardErrorMicrounits": 210_000},
+        {"coefficient": "TokenEnergy", "valueMicrounits": 67_000, "standardErrorMicrounits": 4_000},
+        {"coefficient": "IdlePower", "valueMicrounits": 115_000_000, "standardErrorMicrounits": 3_000_000},
+    ],
+}
+
+
+def test_it_says_what_was_learned_of_energy_and_whether_it_is_believed():
+    condition = {
+        "type": "EnergyTrusted",
+        "status": "False",
+        "reason": "Stale",
+        "message": "Joules do not steer requests.",
+    }
+    lines = words(pool(status={"energy": ENERGY, "conditions": [condition]})).splitlines()
+    assert lines[2:4] == [
+        "  energy:         Measured: 120 intervals, off by 3 %; E0 3.1 ± 0.21 J/step; E1 67 ± 4 mJ/token; idle 115 ± 3 W",
+        "  EnergyTrusted:  False, Stale: Joules do not steer requests.",
+    ]
+
+
 def test_pools_that_are_not_autoscaled_or_not_judged_yet_say_so():
     assert "not autoscaled" in words(pool(status={"replicas": 1, "desiredReplicas": 1}))
     assert "has not judged it yet" in words(pool({"maxReplicas": 3}))

@@ -82,13 +82,16 @@ async def poll(check):
 
 
 @contextlib.asynccontextmanager
-async def replica(port, cluster):
-    """A router replica's admin port; the replica serves with whatever its ConfigMap holds, and says so as a real one does."""
+async def replica(port, cluster, pools=dict):
+    """A router replica's admin port; the replica serves with whatever its ConfigMap holds, and says so as a real one does.
+
+    `pools()`: what it says of pools.
+    """
 
     async def serve(reader, writer):
         await reader.readuntil(b"\r\n\r\n")
         text = cluster.get("ConfigMap", "router")["data"]["fleet.json"]
-        body = Loaded(FleetConfig.model_validate_json(text)).to_json()
+        body = Loaded(FleetConfig.model_validate_json(text), pools).to_json()
         writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
         await writer.drain()
         writer.close()

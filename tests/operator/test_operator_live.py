@@ -195,6 +195,39 @@ async def test_a_restart_in_a_settled_cluster_writes_nothing_but_the_lease(clust
     assert {write[1] for write in cluster.writes} == {"leases"}
 
 
+async def test_what_routers_learn_of_energy_is_in_the_statuses_and_small_moves_write_nothing(
+    cluster, login, make, unused_tcp_port
+):
+    energy = {"source": "Measured", "trusted": True, "message": "", "error": 0.03, "intervals": 50, "estimates": {}}
+    step = {"value": 3.1, "standard_error": 0.2}
+    energy["estimates"]["StepEnergy"] = step
+    view = {"mode": "Approximate", "reason": "NoTokenizer", "message": "", "energy": energy}
+    async with replica(unused_tcp_port, cluster, lambda: {"llama": view}):
+        async with running(login) as operator:
+            await settled_pool(operator, cluster, make)
+            cluster.put(make.policy())
+            cluster.put(make.router(adminPort=unused_tcp_port, telemetry={"dcgmURLs": ["http://dcgm:9400/metrics"]}))
+            cluster.put(make.router_pod())
+            await cluster.until(lambda: cluster.get("Deployment", "router"))
+            cluster.roll_out("router")
+            await cluster.until(lambda: ready(cluster, "FleetRouter", "router"))
+            await cluster.until(lambda: reason(cluster, "ModelPool", "llama", "EnergyTrusted") == "Measured")
+            await cluster.until(lambda: cluster.get("AcceleratorProfile", "h100")["status"].get("estimates"))
+            await poll(lambda: operator.queue.idle)
+        learned = cluster.get("ModelPool", "llama")["status"]["energy"]["coefficients"]
+        assert learned == [
+            {"coefficient": "StepEnergy", "valueMicrounits": 3_100_000, "standardErrorMicrounits": 200_000}
+        ]
+        (estimate,) = cluster.get("AcceleratorProfile", "h100")["status"]["estimates"]
+        assert (estimate["pool"], estimate["valueMicrounits"]) == ("default/llama", 3_100_000)
+        cluster.writes.clear()
+        step["value"], energy["intervals"] = 3.2, 60
+        async with running(login, resync_s=0.1) as operator:
+            await rounds(cluster, 2)
+            await poll(lambda: operator.queue.idle)
+    assert {write[1] for write in cluster.writes} == {"leases"}
+
+
 async def test_failures_of_the_api_server_are_overcome(operator, cluster, make):
     path = "/apis/apps/v1/namespaces/default/deployments/llama-workers"
     cluster[f"patch {path}"][:2] << 503

@@ -214,6 +214,34 @@ async def test_only_who_is_behind_is_asked_eagerly(reports, fleet, clock):
     assert reports.told == ["default", "default"]  # nothing new since
 
 
+def energy(step_joules, **more):
+    estimates = {"StepEnergy": {"value": step_joules, "standard_error": 0.1}}
+    return {"source": "Measured", "trusted": True, "error": 0.03, "intervals": 50, "estimates": estimates, **more}
+
+
+def says_of(revision, **energies):
+    view = {"mode": "Approximate", "reason": "NoTokenizer"}
+    pools = {name: {**view, "energy": told} for name, told in energies.items()}
+    return 200, json.dumps({"revision": revision, "policies": {}, "refused": None, "pools": pools})
+
+
+async def test_coefficients_are_news_only_when_they_move_noticeably(reports, world, fleet, clock):
+    for step_joules in (3.0, 3.1, 3.05, 3.2, 3.3):  # 5 % of 3.0 are 0.15
+        reports.answers |= {"10.0.0.1": says_of(fleet, llama=energy(step_joules)), "fd00::1": (500, "")}
+        await reports.poll()
+        clock.now += 31
+    assert world.reports["default", "a"].energy["llama"].estimates["StepEnergy"].value == 3.2
+    assert reports.told == ["default"] * 2
+
+
+@pytest.mark.parametrize("told", [1, {}, energy(3.0, source="Guessed"), energy(3.0, intervals=-1), energy(None)])
+async def test_energy_that_makes_no_sense_costs_nothing_but_itself(reports, world, fleet, told):
+    reports.answers |= {"10.0.0.1": says_of(fleet, llama=energy(3.0), other=told)}
+    await reports.poll()
+    found = world.reports["default", "a"]
+    assert (found.revision, set(found.energy), set(found.pools)) == (fleet, {"llama"}, {"llama", "other"})
+
+
 @pytest.mark.parametrize(
     "answer",
     [

@@ -2,7 +2,8 @@
 
 Conditions: `Accepted` (the spec can be realised), `ResolvedRefs` (the AcceleratorProfile exists), `Available` (a worker
 is ready), `Progressing` (something is still moving), `AdaptersLoaded` (on every ready worker; where there are adapters),
-`CacheKnown` (routers know what workers cache; where a tokenizer is named), `Ready` (all of it is as wanted).
+`CacheKnown` (routers know what workers cache; where a tokenizer is named), `EnergyTrusted` (joules steer; where routers have
+telemetry), `Ready` (all of it is as wanted).
 
 Without its AcceleratorProfile a pool is tolerated, not torn down: the profile says which resource a pod asks for, so a
 new workload waits for it, and a running one stays exactly as it is.
@@ -18,10 +19,21 @@ from kvfleet_api.acceleratorprofile import AcceleratorProfile
 from kvfleet_api.common import Condition
 from kvfleet_api.compile import Problem
 from kvfleet_api.modelpool import ModelPool
-from kvfleet_operator.reconcile import adapters, cacheview, conditions, engine, lora, names, rollout, workload
+from kvfleet_operator.reconcile import (
+    adapters,
+    cacheview,
+    conditions,
+    energyview,
+    engine,
+    lora,
+    names,
+    rollout,
+    workload,
+)
 from kvfleet_operator.reconcile.adapters import WorkerAdapters
 from kvfleet_operator.reconcile.cacheview import CacheView
 from kvfleet_operator.reconcile.conditions import Finding
+from kvfleet_operator.reconcile.energyview import EnergyView
 from kvfleet_operator.reconcile.plan import Applied, Manifest, Plan, Rejection
 from kvfleet_operator.reconcile.podtemplate import TemplateError
 
@@ -40,6 +52,8 @@ class PoolInput:
     """Ready worker → what is known of its adapters; None: it was not asked yet."""
     cache_views: Mapping[str, CacheView | None] = field(default_factory=dict)
     """Ready router replica → what it knows the workers' caches by; None: it has not said."""
+    energy_views: Mapping[str, EnergyView | None] | None = None
+    """Ready router replica → what it says of the workers' energy; None: no router keeps books of joules."""
 
 
 def workload_key(pool: ModelPool) -> tuple[str, str]:
@@ -84,11 +98,15 @@ def status(given: PoolInput, applied: Applied, now: str) -> dict[str, Any]:
     before = pool.status.conditions if pool.status else []
     if pool.spec.autoscaling is None:  # nobody speaks of it any more
         before = [condition for condition in before if condition.type != conditions.SCALING_ACTIVE]
+    if given.energy_views is None:
+        before = [condition for condition in before if condition.type != energyview.TYPE]
     loaded = _adapters_loaded(given, reading, before)
     known = _cache_known(given, before)
     rolled_out = rollout.rolled_out(reading, "worker")
     ready = _ready([accepted, resolved, rolled_out, *loaded], rolled_out.message)
-    findings = [accepted, resolved, available, rollout.progressing(reading, "worker"), *loaded, *known, ready]
+    trusted = [] if given.energy_views is None else [energyview.finding(given.energy_views)]
+    progressing = rollout.progressing(reading, "worker")
+    findings = [accepted, resolved, available, progressing, *loaded, *known, *trusted, ready]
     settled = conditions.settle(before, findings, generation=pool.metadata.generation, now=now)
     reported: dict[str, Any] = {
         "observedGeneration": pool.metadata.generation,
@@ -97,6 +115,7 @@ def status(given: PoolInput, applied: Applied, now: str) -> dict[str, Any]:
         "readyReplicas": reading.ready if reading else 0,
         "updatedReplicas": reading.updated if reading else 0,
         "adapters": adapters.everywhere(adapters.wanted(pool.spec), given.workers),
+        "energy": _energy(given),
         "conditions": conditions.dump(settled),
     }
     if pool.spec.autoscaling is None:
@@ -163,6 +182,13 @@ def _cache_known(given: PoolInput, before: Sequence[Condition]) -> list[Finding]
         message = "spec.engine.kvEvents.enabled is false: engines do not tell what they cache"
         return [Finding(cacheview.TYPE, "False", "EventsDisabled", message)]
     return [cacheview.finding(given.cache_views)]
+
+
+def _energy(given: PoolInput) -> dict[str, Any] | None:
+    if given.energy_views is None:
+        return None
+    before = given.pool.status.energy if given.pool.status else None
+    return energyview.pool_status(given.energy_views.values(), before)
 
 
 def _ready(parts: Sequence[Finding], message: str) -> Finding:

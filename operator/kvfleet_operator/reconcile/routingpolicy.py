@@ -18,6 +18,7 @@ from kvfleet_api.routingpolicy import RoutingPolicy
 from kvfleet_operator.reconcile import conditions
 from kvfleet_operator.reconcile.cacheview import CacheView
 from kvfleet_operator.reconcile.conditions import Finding
+from kvfleet_operator.reconcile.energyview import EnergyView
 
 MAX_REPLICAS = 256
 """Entries of `status.programmedBy`."""
@@ -35,6 +36,8 @@ class Loaded:
     """Why it does not take a newer configuration; empty: there is none that it refused."""
     pools: Mapping[str, CacheView] = field(default_factory=dict)
     """Pool → what its workers' caches are known by."""
+    energy: Mapping[str, EnergyView] = field(default_factory=dict)
+    """Pool → what is known of its energy, where books of joules are kept."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from kvfleet_api.fleetrouter import TelemetrySpec
 from kvfleet_router.core.energyfit import EnergyFit, Estimate
@@ -38,6 +39,20 @@ class PoolEnergy:
     error: float
     intervals: int
     estimates: list[Estimate]
+
+    def document(self) -> dict[str, Any]:
+        """As `/loaded` tells it."""
+        return {
+            "source": self.source,
+            "trusted": self.trusted,
+            "message": self.message,
+            "error": self.error,
+            "intervals": self.intervals,
+            "estimates": {
+                estimate.name: {"value": estimate.value, "standard_error": estimate.standard_error}
+                for estimate in self.estimates
+            },
+        }
 
 
 class EnergyBook:

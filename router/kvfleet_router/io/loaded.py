@@ -1,7 +1,7 @@
 """Which configuration is being served, and what is wrong with a newer one: told at the admin port, and from there to the
 operator, which reports in each object's status what routers really do.
 
-Computed once for each change, but for what pools' cached prefixes are known by: probes and scrapes only read it.
+Computed once for each change, but for what there is to say of pools: probes and scrapes only read it.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ MAX_REFUSED_CHARS = 1000
 
 
 class Loaded:
-    def __init__(self, config: FleetConfig, cache_views: Callable[[], dict[str, dict[str, str]]] = dict) -> None:
-        """`cache_views`: what each pool's cached prefixes are known by."""
-        self._cache_views = cache_views
+    def __init__(self, config: FleetConfig, pools: Callable[[], dict[str, dict[str, Any]]] = dict) -> None:
+        """`pools`: what each pool's cached prefixes are known by, and what is known of its energy."""
+        self._pools = pools
         self.errors = 0
         """Configurations that could not be taken, ever."""
         self.take(config)
@@ -47,6 +47,6 @@ class Loaded:
             "revision": self.revision,
             "policies": self._policies,
             "refused": self.refused or None,
-            "pools": self._cache_views(),
+            "pools": self._pools(),
         }
         return orjson.dumps(document)

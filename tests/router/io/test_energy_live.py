@@ -53,6 +53,11 @@ async def page(router: RouterApp) -> str:
         return (await client.get(f"http://127.0.0.1:{router.admin_port}/metrics")).text
 
 
+async def loaded(router: RouterApp) -> Any:
+    async with httpx.AsyncClient(trust_env=False) as client:
+        return (await client.get(f"http://127.0.0.1:{router.admin_port}/loaded")).json()
+
+
 def rows(text: str) -> dict[str, float]:
     return {labels: float(value) for labels, value in ROW.findall(text)}
 
@@ -95,6 +100,9 @@ async def test_telemetry_that_is_cut_is_told_and_harms_no_request(bench: Bench) 
     await eventually(lambda: router.dispatcher.energy_states()[0].source == "Stale")
     assert (await ask(router, "a")).status_code == 200
     text = await page(router)
+    told = (await loaded(router))["pools"]["static"]["energy"]
+    assert (told["source"], told["trusted"]) == ("Stale", False)
+    assert set(told["estimates"]) == {"StepEnergy", "TokenEnergy", "PrefillTokenEnergy", "IdlePower"}
     assert 'kvfleet_energy_trusted{pool="default"} 0.0' in text or re.search(r"kvfleet_energy_trusted\{.*\} 0\.0", text)
     assert re.search(r'kvfleet_energy_source\{.*source="Stale"\} 1\.0', text)
     assert re.search(r'kvfleet_router_telemetry_scrapes_total\{result="failed"\} [1-9]', text)
@@ -107,6 +115,7 @@ async def test_without_telemetry_there_is_no_header_and_no_book(bench: Bench) ->
     answer = await ask(router, "a")
     assert "x-kvfleet-energy-joules" not in answer.headers
     assert "kvfleet_energy_joules" not in await page(router)
+    assert "energy" not in (await loaded(router))["pools"]["static"]
 
 
 EXPORTER = """# HELP DCGM_FI_DEV_POWER_USAGE Power draw (in W).

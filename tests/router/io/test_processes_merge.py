@@ -90,15 +90,31 @@ def test_the_latest_decisions_of_all():
 
 def test_nothing_is_said_to_be_served_while_processes_differ():
     policy = {"generation": 1, "revision": "p1"}
-    new = {"revision": "r2", "policies": {"p": policy, "q": policy}, "refused": None, "more": 1}
-    old = {"revision": "r1", "policies": {"p": policy, "q": {**policy, "revision": "p0"}}, "refused": "why", "more": 1}
+    new = {"revision": "r2", "policies": {"p": policy, "q": policy}, "refused": None, "pools": {}, "more": 1}
+    other = {"p": policy, "q": {**policy, "revision": "p0"}}
+    old = {"revision": "r1", "policies": other, "refused": "why", "pools": {}, "more": 1}
     assert orjson.loads(merge.loaded([new, new])) == new
     assert orjson.loads(merge.loaded([new, old])) == {
         "revision": "",
         "policies": {"p": policy},
         "refused": "why",
+        "pools": {},
         "more": 1,
     }
+
+
+def energy(trusted, intervals):
+    return {"mode": "Approximate", "energy": {"trusted": trusted, "intervals": intervals}}
+
+
+@pytest.mark.parametrize(
+    ("said", "told"), [([(True, 3), (True, 9)], (True, 9)), ([(True, 9), (False, 3), (True, 1)], (False, 3))]
+)
+def test_of_a_pools_energy_the_most_doubtful_is_told_else_the_most_learned(said, told):
+    base = {"revision": "r", "policies": {}, "refused": None}
+    documents = [{**base, "pools": {"a": energy(*words), "b": {"mode": "Precise"}}} for words in said]
+    pools = orjson.loads(merge.loaded(documents))["pools"]
+    assert pools == {"a": energy(*told), "b": {"mode": "Precise"}}
 
 
 def test_a_worker_is_ready_where_all_say_so():

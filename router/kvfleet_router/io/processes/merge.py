@@ -160,4 +160,13 @@ def loaded(documents: Documents) -> bytes:
         if all(document["policies"].get(name) == policy for document in documents)
     }
     told = {"revision": first["revision"] if same else "", "policies": policies, "refused": refused}
-    return orjson.dumps({**first, **told})
+    pools = {name: _pool(name, documents) for name in first["pools"]}
+    return orjson.dumps({**first, **told, "pools": pools})
+
+
+def _pool(name: str, documents: Documents) -> dict[str, Any]:
+    """The first's words; of energy the words of one that does not trust it, else of the one that has learned most."""
+    pools = [document["pools"][name] for document in documents if name in document["pools"]]
+    energies = [pool["energy"] for pool in pools if "energy" in pool]
+    worst = min(energies, key=lambda energy: (energy["trusted"], -energy["intervals"]), default=None)
+    return {**pools[0], "energy": worst} if worst else dict(pools[0])
