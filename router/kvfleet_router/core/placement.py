@@ -234,6 +234,7 @@ class Placement:
                 if within is None:
                     return NO_ROOM
                 candidates = within
+        arrival.blind = self.near > 0.0
         choice = choose(arrival, candidates, self._fleet.index, self._fleet.table, self._rng, now, near=self.near)
         if arrival.parsed.session_id is not None or lane.adapter:
             choice = self._as_preferred(arrival, candidates, choice, now)

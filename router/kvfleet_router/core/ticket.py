@@ -32,6 +32,7 @@ class Arrival:
         "arrived_at",
         "asked",
         "attempt",
+        "blind",
         "block_tokens",
         "blocks",
         "deadline",
@@ -85,6 +86,8 @@ class Arrival:
         self.decision = decision
         self.load = 0.0
         """How busy the lane's pools are: 0 idle, 1 at the SLO's edge."""
+        self.blind = False
+        """Other routers choose among the same workers, and nothing is known of what they choose."""
         self.attempt = 0
         self.excluded: tuple[str, ...] = ()
         """Workers that failed this request before."""
@@ -116,6 +119,7 @@ class Arrival:
             decision=self.decision,
         )
         other.load, other.attempt, other.excluded = self.load, self.attempt, self.excluded
+        other.blind = self.blind
         other.received_tokens, other.whole = self.received_tokens, self.whole
         other.asked, other.expected, other.expected_at = self.asked, self.expected, self.expected_at
         return other

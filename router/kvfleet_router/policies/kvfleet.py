@@ -17,7 +17,8 @@
     L prompt tokens, u uncached, E expected output, n_dec decoding, n1 decoding and pending, slack = deadline − now.
 
 Intent. Backlog is measured in time, so a short prompt does not queue behind an 80k one. Own prefill is others' waiting time as
-far as others come while it lasts: on a worker that seldom prefills it is not. The SLO term is marginal: a worker
+far as others come while it lasts: on a worker that seldom prefills it is not. A router that does not know of the others' requests
+cannot tell, and sees what is cached as the best sign of where they are. The SLO term is marginal: a worker
 beyond its SLO costs nothing more, so overload is concentrated instead of pushing every worker just over the line. Its stall
 term is what means over 20 s miss: an answer of few tokens has no time to recover from one long prefill right behind its own,
 and the prompts pending on a worker are exactly those whose answers begin when this prefill does. An answer longer than its
@@ -180,7 +181,7 @@ class KVFleet(Policy):
 
         energy = price * marginal_joules(arrival, worker, uncached) if price else 0.0
         busy = LEAST_BUSY + share / BUSY_PREFILL_SHARE
-        own_weight = weights.own_prefill * own * (busy if busy < 1.0 else 1.0)
+        own_weight = weights.own_prefill * own * (busy if busy < 1.0 and not arrival.blind else 1.0)
         return backlog, own, step, kv_wait, own_weight, harm, evict, slo, energy
 
     def score_many(self, arrival: Arrival, workers: Columns, cached_tokens: Array, now: float) -> tuple[Array, ...]:
@@ -224,7 +225,8 @@ class KVFleet(Policy):
             slo += weights.ttft_slo_s * _sigmoids((ttft - weights.ttft_margin * slack) / (TTFT_SHARPNESS * slack))
 
         energy = price * marginal_joules_many(arrival, workers, uncached) if price else np.zeros_like(own)
-        own_weight = weights.own_prefill * own * np.minimum(LEAST_BUSY + share / BUSY_PREFILL_SHARE, 1.0)
+        busy = 1.0 if arrival.blind else np.minimum(LEAST_BUSY + share / BUSY_PREFILL_SHARE, 1.0)
+        own_weight = weights.own_prefill * own * busy
         return backlog, own, step, kv_wait, own_weight, harm, evict, slo, energy
 
 

@@ -67,6 +67,15 @@ def test_own_prefill_weighs_as_others_are_likely_to_come_meanwhile(share, busy):
     assert parts["prefill_weight"] == pytest.approx(GOODPUT.own_prefill * busy * parts["prefill"])
 
 
+def test_a_router_that_does_not_know_of_the_others_takes_every_worker_for_busy():
+    fleet = one_worker()
+    lane = fleet.dispatcher._routes.find(request(2000))
+    arrival = fleet.dispatcher._arrival(request(2000), "x", lane, fleet.now)
+    arrival.blind = True
+    parts = dict(zip(PARTS, lane.policy.score(arrival, fleet.dispatcher.workers()[0], 0.0, fleet.now), strict=True))
+    assert parts["prefill_weight"] == pytest.approx(GOODPUT.own_prefill * parts["prefill"])
+
+
 def test_cached_tokens_save_their_prefill():
     fleet = one_worker()
     whole, _ = parts_of(fleet, request(4000))
