@@ -5,6 +5,8 @@ Three kinds of rows, best first. Each fit minimises the sum of absolute relative
 1. energy: ML.ENERGY's median inter-token latency and energy per token over batch and context -> W, H, C, E0, E1, Ec
 2. end to end: TPOT = W + H·b + C·b·(isl + osl/2) + Pp·isl·(b - 1)/osl -> W, H, C and Pp (others' prefills interrupt decoding)
 3. kernels: sums of measured kernels, to which the host's share is added, as found on H100 between kinds 1, 2 and 3
+
+What a device draws where no engine was metered on it comes from bench/measured/ (one device alone), else from H100.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gpu_energy_fit import MEASURED
+from gpu_energy_fit import read as read_measured
 
 Record = dict[str, str]
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -39,19 +43,32 @@ class Device:
 
 
 POWERTRACE = "measured minimum with the model resident and no request (powertrace-sim)"
+TORCH = "measured with a model in memory and nothing running (docs/gpu-energy.md)"
 DEVICES = {
     "A100": Device("nvidia-a100-80gb", "NVIDIA-A100-SXM4-80GB", 80.0, 400, 71, POWERTRACE, 2.04, 312, "A100-SXM4-80GB"),
-    "H100": Device("nvidia-h100-80gb", "NVIDIA-H100-80GB-HBM3", 79.6, 700, 115, POWERTRACE, 3.35, 989, "H100-SXM-80GB",
+    "H100": Device("nvidia-h100-80gb", "NVIDIA-H100-80GB-HBM3", 79.6, 700, 124, TORCH, 3.35, 989, "H100-SXM-80GB",
                    "H100", "h100_sxm"),
-    "H200": Device("nvidia-h200", "NVIDIA-H200", 140.4, 700, 122,
-                   "nvidia-smi of a GPU that holds a CUDA context, 0 % busy (one public listing; 76 W without context)",
-                   4.8, 989, "H200-SXM-141GB", "", "h200_sxm"),
+    "H200": Device("nvidia-h200", "NVIDIA-H200", 140.4, 700, 127, TORCH, 4.8, 989, "H200-SXM-141GB", "", "h200_sxm"),
     "B200": Device("nvidia-b200", "NVIDIA-B200", 179.1, 1000, 194,
                    "nvidia-smi of GPUs that hold a model, 0 % busy: 192 to 196 W (NVIDIA/TensorRT-LLM issue 10278)",
                    8.0, 2250, "", "B200"),
     "L40S": Device("nvidia-l40s", "NVIDIA-L40S", 45.0, 350, 83,
                    "nvidia-smi of a GPU that holds a vLLM model, 0 % busy (one public listing)", 0.864, 362, "L40S-48GB"),
 }  # fmt: skip
+
+
+def torch_loads(device: Device) -> tuple[float, float] | None:
+    """Shares of the power limit that this device drew over W and over C, with Llama-3.1-8B; None where it was not measured."""
+    path = MEASURED / f"{device.name}.json"
+    if not path.exists():
+        return None
+    found = next(one for one in read_measured(path) if one.model == "llama-3.1-8b").fitted()
+    if found.step_joules is None or found.context_token_joules is None:
+        return None
+    return (
+        found.step_joules.value / found.step_s.value / device.max_watts,
+        found.context_token_joules.value / found.step_s_per_context_token.value / device.max_watts,
+    )
 
 
 @dataclass(frozen=True)
@@ -341,11 +358,15 @@ class Fits:
         self.sequence_overhead = statistics.median(per_sequence)
 
     def derived(self, device: str, model: Model, tensor: int, kind: str, steps: Steps, notes: list[str]) -> None:
-        """A row whose power was not measured: shares of the power limit as on H100."""
+        """A row whose power was not measured on this engine: shares of the power limit as elsewhere."""
         watts = DEVICES[device].max_watts * tensor
-        e0, e1, ec = (load * watts * part for load, part in zip(self.loads, (steps.w, steps.h, steps.c), strict=True))
-        shares = ", ".join(f"{load:.2f}" for load in self.loads)
-        notes = [*notes, f"power not measured: {shares} of the power limit over W, H, C, the medians of H100"]
+        loads, origin = self.loads, "power not measured: {} of the power limit over W, H, C, the medians of H100"
+        measured = torch_loads(DEVICES[device]) if device != "H100" and tensor == 1 else None
+        if measured is not None:
+            loads = [measured[0], loads[1], measured[1]]
+            origin = "power: {} of the power limit over W, H, C, as Llama-3.1-8B drew on this device (docs/gpu-energy.md), over H as on H100"
+        e0, e1, ec = (load * watts * part for load, part in zip(loads, (steps.w, steps.h, steps.c), strict=True))
+        notes = [*notes, origin.format(", ".join(f"{load:.2f}" for load in loads))]
         self.rows.append(
             Row(device, model, tensor, kind, steps.w, steps.h, steps.c, steps.pp, steps.pq, e0, e1, ec, steps.error, None,
                 steps.points, notes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import statistics
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -91,14 +92,17 @@ def test_every_figure_says_where_it_comes_from(name: str) -> None:
     for row in profile.spec.models:
         assert "fitted" in row.source or "kernels" in row.source
     measured = name in ("nvidia-h100-80gb", "nvidia-b200")
-    assert measured or all("power not measured" in row.source for row in profile.spec.models)
+    assert measured or all(
+        "power not measured" in row.source or "docs/gpu-energy.md" in row.source for row in profile.spec.models
+    )
     assert profile.spec.prior.source
 
 
-@pytest.fixture(scope="module")
-def fits() -> ModuleType:
+@pytest.fixture
+def fits(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec = importlib.util.spec_from_file_location("profile_fits", ROOT / "bench/profile_fits.py")
     assert spec is not None and spec.loader is not None
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
@@ -119,3 +123,24 @@ def test_the_fit_gives_no_negative_cost(fits: ModuleType) -> None:
     coefficients, _ = fits.fit([np.ones_like(batch), batch, batch**2], 5 + 2 * batch - 0.01 * batch**2)
     assert min(coefficients) >= 0
     assert coefficients[0] == pytest.approx(5, rel=0.05)
+
+
+@pytest.mark.parametrize("key", ["H100", "H200"])
+def test_a_measured_device_idles_as_measured(fits: ModuleType, key: str) -> None:
+    device = fits.DEVICES[key]
+    measured = [one.watts("resident") for one in fits.read_measured(fits.MEASURED / f"{device.name}.json")]
+    assert device.idle_watts == round(statistics.median(measured))
+
+
+def test_a_measured_h100_costs_near_what_its_profile_says(fits: ModuleType) -> None:
+    """Steps of one sequence, where E0 is nearly everything and an engine's host nearly nothing."""
+    from gpu_energy_fit import bundled
+
+    for one in fits.read_measured(fits.MEASURED / "nvidia-h100-80gb.json"):
+        known = bundled(one)
+        assert known is not None
+        step = next(p for p in one.of("decode") if p["sequences"] == 1 and p["context"] == 1024)
+        assert known[0].decode_step_joules(1, 1024) == pytest.approx(step["joules"] / step["steps"], rel=0.15), (
+            one.model
+        )
+        assert known[0].decode_step_s(1, 1024) == pytest.approx(step["seconds"] / step["steps"], rel=0.25), one.model
