@@ -280,6 +280,10 @@ def simulate(
         list[int] | None,
         typer.Option(min=1, help="With --autoscale: requests in flight a worker for HPA's rules. Default: 8, 16, 32."),
     ] = None,
+    answer_tokens: Annotated[
+        float,
+        typer.Option(min=1, max=8192, help="With --autoscale: median length of the answers, which rates do not tell."),
+    ] = 250.0,
     jobs: Annotated[int, typer.Option("-j", "--jobs", min=1, max=1024, help="Processes.")] = 1,
     json: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
     plot: Annotated[
@@ -325,6 +329,7 @@ def simulate(
                 hours=hours,
                 hpa_targets=hpa_target or [8, 16, 32],
                 startup_s=startup_seconds,
+                answer_tokens=answer_tokens,
                 jobs=jobs,
                 console=console,
                 json=json,

@@ -22,16 +22,16 @@ from rich.console import Console
 from rich.table import Table
 
 from kvfleet.simulate import Experiment, Result, Task, no_phases, run_tasks
-from kvfleet_api.modelpool import AutoscalingSpec
+from kvfleet_api.modelpool import AutoscalingSpec, ConcurrencySignal
 from kvfleet_operator.autoscale.autoscaler import Autoscaler, PoolStep
 from kvfleet_operator.autoscale.decide import Workers
 from kvfleet_operator.autoscale.readings import Quality, Reading
 from kvfleet_sim.elastic import Elastic, PoolView
-from kvfleet_sim.rates import is_rates
 from kvfleet_sim.saturation import saturation_rps
-from kvfleet_sim.workload import MAX_REQUESTS, open_load
+from kvfleet_sim.workload import GENERATED_REQUESTS, MAX_REQUESTS, RateLoad
 
 TICK_S = 15.0
+PACK_SHARE = ConcurrencySignal().target_percent_of_pack_target / 100
 TTFT_SHARE = 0.7
 """The default of `timeToFirstToken.targetPercentOfSLO`."""
 
@@ -56,8 +56,11 @@ class Scaler:
 
     def _step(self, pool: PoolView, pools: int) -> PoolStep:
         busy = pool.in_flight + pool.held / pools
-        readings = [_fresh("concurrency", "AverageValue", busy, self._target or pool.pack_target)]
-        if self._target is None:
+        if self._target is not None:
+            readings = [_fresh("concurrency", "AverageValue", busy, self._target)]
+        else:
+            packed = pool.packed + pool.held / pools
+            readings = [_fresh("concurrency", "AverageValue", packed, PACK_SHARE * pool.pack_target)]
             ttft_s = pool.predicted_ttft_s if busy else 0.0
             readings.append(_fresh("timeToFirstToken", "Value", ttft_s, TTFT_SHARE * self._ttft_slo_s))
         return PoolStep(
@@ -98,22 +101,25 @@ def command(
     hours: float,
     hpa_targets: Sequence[int],
     startup_s: float,
+    answer_tokens: float,
     jobs: int,
     console: Console,
     json: Path | None,
 ) -> None:
-    """The whole command. `load`: mean share of the whole fleet's saturation rate. Raises ValueError for what cannot be."""
+    """The whole command. `load`: mean share of the whole fleet's saturation rate; `answer_tokens`: median of an answer. Raises ValueError for what cannot be."""
     no_phases(experiment)
-    rate_rps = load * saturation_rps(experiment.config, experiment.load, experiment.model)
-    count = round(rate_rps * hours * 3600)
-    if not is_rates(Path(trace)):
+    rates = experiment.load
+    if not isinstance(rates, RateLoad):
         raise ValueError(f"--autoscale needs a trace of rates (ServeGen's client rates); {trace} has none")
+    rates = rates.of(GENERATED_REQUESTS, answer_tokens)
+    rate_rps = load * saturation_rps(experiment.config, rates, experiment.model)
+    count = round(rate_rps * hours * 3600)
     if count > MAX_REQUESTS:
         raise ValueError(
             f"{hours:g} hours at {rate_rps:.1f} requests/s are {count:,} requests, more than {MAX_REQUESTS:,}: "
-            "lower --hours or --load, or take fewer --workers"
+            "lower --hours or --load, or take fewer --workers, or longer --answer-tokens"
         )
-    experiment = replace(experiment, load=open_load(trace, count))
+    experiment = replace(experiment, load=rates.of(count))
     rows = run(
         experiment,
         rate_rps=rate_rps,

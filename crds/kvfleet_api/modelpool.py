@@ -170,7 +170,9 @@ class ScalingSignal(Schema):
 
 class ConcurrencySignal(Schema):
     target_per_replica: Annotated[int, Field(ge=1, le=100_000, examples=[48])] | None = None
-    """Requests in flight a replica should carry. Default: the router's published pack target."""
+    """Requests in flight a replica should carry. Default: by the router's published pack target, see below."""
+    target_percent_of_pack_target: Annotated[int, Field(ge=1, le=100)] = 80
+    """Without `targetPerReplica`: how full of the pack target replicas are to be. The rest is for bursts, until more are ready."""
 
 
 class QueueSignal(Schema):

@@ -28,6 +28,8 @@ class PoolView:
     """Workers there can be."""
     in_flight: int
     """Requests at the pool's workers."""
+    packed: float
+    """The same work in sequences of workers that are filled to the pack target."""
     held: int
     """Requests held at the routers, of every pool."""
     served: int

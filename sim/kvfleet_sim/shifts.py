@@ -68,6 +68,7 @@ class Shifts:
             starting=sum(machine.power is Power.STARTING for machine in machines),
             total=len(machines),
             in_flight=sum(worker.own.in_flight for pool in known for worker in pool.workers.values()),
+            packed=sum(pool.packed_sequences(now_s) for pool in known),
             held=sum(sum(router.queue_depths().values()) for router in self._routers),
             served=sum(served.get(machine.name, 0) for machine in machines),
             pack_target=min(pool.pack_target() for pool in known),

@@ -34,6 +34,8 @@ GENERATED_REQUESTS = 6000
 SESSION_REQUESTS = 20_000
 """Length of a load of sessions, unless limited: several times as long as a session on a fleet of a few workers."""
 MAX_REQUESTS = 1_000_000
+OUTPUT_TOKENS = 250.0
+"""Median answer of a RateLoad."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,14 +180,25 @@ class RateLoad:
     system_prompt_tokens = 1024
     prompt_tokens = 600.0
     """Without the system prompt."""
-    output_tokens = 250.0
 
-    def __init__(self, clients: Sequence[Client], count: int) -> None:
+    def __init__(self, clients: Sequence[Client], count: int, *, output_tokens: float = OUTPUT_TOKENS) -> None:
+        """`output_tokens`: the median of an answer."""
         self._clients = clients
         self._count = count
+        self._output_tokens = output_tokens
+        self._drawn: tuple[tuple[float, int], list[LoadRequest]] | None = None
+
+    def of(self, count: int, output_tokens: float | None = None) -> RateLoad:
+        """The same clients with another number of requests, and another length of answers."""
+        return RateLoad(self._clients, count, output_tokens=output_tokens or self._output_tokens)
 
     def requests(self, rate_rps: float, seed: int, *, patient: bool = True) -> list[LoadRequest]:
-        draw = random.Random(seed)
+        """What was drawn last is kept: a day's requests are the same for every fleet that is compared."""
+        if self._drawn is None or self._drawn[0] != (rate_rps, seed):
+            self._drawn = (rate_rps, seed), self._draw(rate_rps, random.Random(seed))
+        return self._drawn[1]
+
+    def _draw(self, rate_rps: float, draw: random.Random) -> list[LoadRequest]:
         blocks = self.system_prompt_tokens // self.block_tokens
         next_key = len(self._clients) * blocks
         found = []
@@ -195,7 +208,7 @@ class RateLoad:
             first = client * blocks
             keys = [*range(first, first + blocks), *range(next_key, next_key + own_blocks)]
             next_key += own_blocks
-            output = _lognormal_tokens(draw, self.output_tokens, 4096)
+            output = _lognormal_tokens(draw, self._output_tokens, 8192)
             found.append(LoadRequest(self.system_prompt_tokens + own_tokens, output, keys, at_s))
         return found
 

@@ -13,13 +13,14 @@ from kvfleet.inputs import UsageError
 from kvfleet.main import app
 from kvfleet.simulate_autoscale import Scaler
 from kvfleet_sim.elastic import PoolView
+from kvfleet_sim.workload import open_load
 
 ROOT = Path(__file__).parents[2]
 
 
 def view(**changes: object) -> PoolView:
     values = {
-        "name": "a", "ready": 4, "starting": 0, "total": 8, "in_flight": 0, "held": 0, "served": 10,
+        "name": "a", "ready": 4, "starting": 0, "total": 8, "in_flight": 0, "packed": changes.get("in_flight", 0), "held": 0, "served": 10,
         "pack_target": 20, "predicted_ttft_s": 0.1, "load": 0.1, "idle_s": (), **changes,
     }  # fmt: skip
     return PoolView(**values)  # type: ignore[arg-type]
@@ -27,14 +28,14 @@ def view(**changes: object) -> PoolView:
 
 def test_the_pack_target_sizes_the_fleet():
     scaler = Scaler(8, ttft_slo_s=1.0, target=None, startup_s=60.0)
-    assert scaler.wanted([view(in_flight=140)], 0.0) == {"a": 7}
+    assert scaler.wanted([view(in_flight=90, packed=110)], 0.0) == {"a": 7}, "80 % of 20 sequences a worker"
 
 
 def test_a_slow_first_token_adds_workers_that_concurrency_would_not():
     scaler = Scaler(8, ttft_slo_s=1.0, target=None, startup_s=60.0)
     assert scaler.wanted([view(in_flight=20, predicted_ttft_s=1.2)], 0.0) == {"a": 7}
     hpa = Scaler(8, ttft_slo_s=1.0, target=20.0, startup_s=60.0)
-    assert hpa.wanted([view(in_flight=80, predicted_ttft_s=1.2)], 0.0) == {"a": 4}
+    assert hpa.wanted([view(in_flight=80, packed=110, predicted_ttft_s=1.2)], 0.0) == {"a": 4}
 
 
 def test_a_fleet_shrinks_after_its_window_only_and_never_to_nothing():
@@ -64,6 +65,23 @@ def test_the_command_compares_fleets_over_the_same_requests(tmp_path):
     assert rows["kvfleet"]["worker_hours"] < 0.9 * rows["fixed"]["worker_hours"]
     assert all(row["failed"] == 0 for row in rows.values())
     assert re.search(r"kvfleet:energy .* -\d+% ", result.output)
+
+
+def test_longer_answers_are_fewer_requests_for_the_same_load(tmp_path):
+    arguments = ["simulate", "-f", str(ROOT / "examples" / "bench8"), "--trace", str(rates(tmp_path / "r-trace.csv"))]
+    arguments += ["--workers=1", "--autoscale", "--hours=0.1", "--load=0.05", "--hpa-target=16"]
+    told = [
+        CliRunner().invoke(app, [*arguments, f"--answer-tokens={tokens}"], catch_exceptions=False).output
+        for tokens in (250, 2000)
+    ]
+    few, many = (int(re.search(r"at most, (\d+) requests", text)[1]) for text in reversed(told))
+    assert 20 < few < many / 2
+
+
+def test_the_requests_of_a_day_are_drawn_once_for_all_fleets(tmp_path):
+    load = open_load(str(rates(tmp_path / "r-trace.csv")), 100)
+    assert load.requests(1.0, 0) is load.requests(1.0, 0)
+    assert load.requests(2.0, 0) != load.requests(1.0, 0) != load.requests(1.0, 1)
 
 
 def test_a_trace_without_rates_is_refused():

@@ -14,7 +14,8 @@ class Router:
     in_flight: float = 0
     queued: float = 0
     served: float = 0
-    pack_target: float = 10
+    pack_target: float = 12.5
+    """Workers are filled to 80 % of it: 10."""
     workers: dict = field(default_factory=dict)
     """Worker → (requests in flight, cached tokens)."""
     silent: bool = False
@@ -24,6 +25,7 @@ class Router:
         pool = 'pool="llama"'
         lines = [
             f"kvfleet_router_in_flight{{{pool}}} {self.in_flight}",
+            f"kvfleet_router_packed_sequences{{{pool}}} {self.in_flight}",
             f"kvfleet_router_pack_target_sequences{{{pool}}} {self.pack_target}",
             f"kvfleet_router_predicted_ttft_seconds{{{pool}}} 0.1",
             f'kvfleet_router_queue_depth{{policy="policy",model="llama-8b"}} {self.queued}',

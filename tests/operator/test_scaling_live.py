@@ -199,5 +199,5 @@ async def test_a_new_pools_past_is_read_from_prometheus_once(cluster, login, mak
         put_fleet(cluster, make, router.port)
         await poll(lambda: len([path for path, _ in asked if path.endswith("/query")]) > 20)
     (past,) = [form for path, form in asked if path.endswith("/query_range")]
-    assert past["query"].startswith('(sum(kvfleet_router_in_flight{namespace="default",pool="llama"})')
+    assert past["query"].startswith('(sum(kvfleet_router_packed_sequences{namespace="default",pool="llama"})')
     assert float(past["end"]) - float(past["start"]) == pytest.approx(14 * 86_400)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from statistics import fmean
 
 import pytest
 from engine_workloads import cost_model
@@ -107,3 +108,22 @@ def test_parking_keeps_the_last_worker():
     parked = run(Parking(idle_s=1.0), 3, steady_load(5, 30.0))
     assert parked.completed.all()
     assert parked.starts == 0
+
+
+def test_the_same_load_is_as_many_packed_sequences_on_few_workers_as_on_many():
+    """Requests in flight are not: half-empty workers end them sooner."""
+    steep = cost_model(
+        step_s=5e-3, step_s_per_sequence=1e-3, kv_tokens=100_000, max_step_tokens=2048, max_sequences=256
+    )
+    means = []
+    for workers in (2, 6):
+        config = small_fleet(workers, strategy="kvfleet")
+        config = config.model_copy(update={"pools": [config.pools[0].model_copy(update={"cost": steep})]})
+        controller = Scripted(workers)
+        load = steady_load(1500, 0.012)
+        simulate(config, load, model=MODEL, block_tokens=BLOCK_TOKENS, elastic=Elastic(controller))
+        seen = controller.seen[2:-2]
+        means.append([fmean(view.in_flight for view in seen), fmean(view.packed for view in seen)])
+    (few_in_flight, few_packed), (many_in_flight, many_packed) = means
+    assert many_in_flight < 0.7 * few_in_flight
+    assert many_packed == pytest.approx(few_packed, rel=0.1)

@@ -94,15 +94,17 @@ class Sum:
 
 @dataclass(frozen=True, slots=True)
 class Least:
-    """The smallest of all matching series."""
+    """The smallest of all matching series, times `share`."""
 
     of: Selector
+    share: float = 1.0
 
     def promql(self) -> str:
-        return f"min({self.of.promql()})"
+        return f"{_factor(self.share)}min({self.of.promql()})"
 
     def evaluate(self, scrapes: Scrapes) -> float | None:
-        return min(self.of.all_values(scrapes), default=None)
+        values = self.of.all_values(scrapes)
+        return self.share * min(values) if values else None
 
     def selectors(self) -> Iterator[Selector]:
         yield self.of

@@ -5,11 +5,15 @@ compared with the target itself (Value). Mixing the two up, a mean taken for a t
 workers whatever the load.
 
     signal            value                                                     target
-    concurrency       in flight at the pool + its share of the routers' queues  spec, else the routers' pack target b*
+    concurrency       in flight at the pool + its share of the routers' queues  spec
+      without target  the same, in sequences of workers filled to b*            80 % of the routers' pack target b*
     queueDepth        its share of the routers' queues                          spec
     timeToFirstToken  predicted, mean over requests in flight; 0 when idle      percent of the SLO
     kvUsage           KV cache in use, summed over workers                      percent of one worker's
     prometheus        the query's result                                        spec
+
+Requests in flight do not say how many workers are needed: spread over more workers each of them ends sooner, so there are
+fewer. The routers say what they would be on full workers, which is the same for any number.
 
 A queue belongs to a policy, not to a pool: the requests for a model are shared equally among the policy's pools that
 serve it. Without concurrency's queue term a full pool would look no busier the longer its queue gets.
@@ -35,6 +39,7 @@ from kvfleet_operator.autoscale.expressions import (
 from kvfleet_operator.autoscale.readings import SignalKind
 
 IN_FLIGHT: Final = "kvfleet_router_in_flight"
+PACKED: Final = "kvfleet_router_packed_sequences"
 QUEUE_DEPTH: Final = "kvfleet_router_queue_depth"
 PREDICTED_TTFT: Final = "kvfleet_router_predicted_ttft_seconds"
 PACK_TARGET: Final = "kvfleet_router_pack_target_sequences"
@@ -120,9 +125,14 @@ def _signal(signal: ScalingSignal, scope: PoolScope) -> Signal:
     in_flight = _pool_series(IN_FLIGHT, scope)
     if signal.concurrency is not None:
         wanted = signal.concurrency.target_per_replica
-        target: float | Expression = Least(_pool_series(PACK_TARGET, scope)) if wanted is None else float(wanted)
-        demand = WeightedSum(((1.0, in_flight), *_queue_terms(scope)))
-        return Signal("concurrency", "AverageValue", "router", demand, None, target, in_flight)
+        if wanted is None:
+            share = signal.concurrency.target_percent_of_pack_target / 100
+            target: float | Expression = Least(_pool_series(PACK_TARGET, scope), share)
+            at_pool = _pool_series(PACKED, scope)
+        else:
+            target, at_pool = float(wanted), in_flight
+        demand = WeightedSum(((1.0, at_pool), *_queue_terms(scope)))
+        return Signal("concurrency", "AverageValue", "router", demand, None, target, at_pool)
     if signal.queue_depth is not None:
         wanted_depth = float(signal.queue_depth.target_per_replica)
         depth = WeightedSum(_queue_terms(scope))

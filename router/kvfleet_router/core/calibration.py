@@ -15,7 +15,7 @@ moves little, and stays within bounds that no real engine leaves.
 
 from __future__ import annotations
 
-from math import expm1
+from math import expm1, frexp
 from typing import Final
 
 FADE: Final = 0.99
@@ -47,6 +47,7 @@ TOKEN_PRIOR: Final = 4096.0
 DEFAULT_OUTPUT_TOKENS: Final = 256.0
 OUTPUT_PRIOR_SAMPLES: Final = 8.0
 OUTPUT_EDGES = tuple(2**power for power in range(13))
+EDGES: Final = len(OUTPUT_EDGES)
 """The distribution of output lengths is known at 1, 2, 4 … 4096 tokens."""
 MAX_TENANTS: Final = 4096
 
@@ -187,11 +188,11 @@ class OutputLengths:
 
     def share_up_to(self, tokens: float) -> float:
         """Share of answers with at most so many tokens, linear between the edges."""
-        place = int(tokens).bit_length()
-        if place >= len(OUTPUT_EDGES):
-            return self.shares[-1]
-        if not place:
-            return self.shares[0] * tokens
-        low, start = self.shares[place - 1], OUTPUT_EDGES[place - 1]
-        share: float = low + (self.shares[place] - low) * (tokens / start - 1.0)
-        return share
+        half, place = frexp(tokens)  # tokens = half * 2**place, and the edges are powers of two
+        shares = self.shares
+        if place < 1:
+            return shares[0] * tokens
+        if place >= EDGES:
+            return shares[-1]
+        low = shares[place - 1]
+        return low + (shares[place] - low) * (2.0 * half - 1.0)

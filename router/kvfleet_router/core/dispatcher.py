@@ -183,6 +183,10 @@ class Dispatcher:
         """Sequences a worker of the pool should be filled to before another one is used (b*)."""
         return self._fleet.pools[pool].pack_target()
 
+    def packed_sequences(self, pool: str) -> float:
+        """What this router has at the pool, in sequences of workers filled to the pack target."""
+        return self._fleet.pools[pool].packed_sequences(self._clock())
+
     def energy_tick(self) -> None:
         """Keep the books of joules; call a few times a second."""
         self.energy.tick(self._clock())

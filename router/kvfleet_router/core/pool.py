@@ -7,6 +7,7 @@ who may get requests; lists of candidates are rebuilt when it moved.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from math import exp
 from typing import Final
 
 from kvfleet_api.cost import CostModel
@@ -18,7 +19,7 @@ from kvfleet_router.core.energyfit import Figures
 from kvfleet_router.core.index import PrefixIndex
 from kvfleet_router.core.kvevents.view import ModelView
 from kvfleet_router.core.predict import backlog_s
-from kvfleet_router.core.worker import Worker, WorkerEndpoint
+from kvfleet_router.core.worker import PREFILL_SHARE_WINDOW_S, Worker, WorkerEndpoint
 
 LOAD_PERIOD_S: Final = 0.25
 RATIO_STEP: Final = 0.05
@@ -159,12 +160,39 @@ class Pool:
             prefill_s_per_output_token=prefill_s / stats.outputs.mean,
         )
 
+    def packed_sequences(self, now: float) -> float:
+        """What this router has at the pool, in sequences of workers that are filled to the pack target.
+
+        Requests in flight are no measure of demand: on half-empty workers they end sooner, so fewer are in flight for the same
+        load, and a fleet sized by them shrinks until it is overloaded, grows, and shrinks again. This figure is the same
+        however many workers the load is spread over.
+        """
+        target = self.pack_target()
+        return sum(packed_sequences(worker, target, now) for worker in self.workers.values() if not worker.removed)
+
     def watts(self) -> float:
         """What the pool's workers draw by the cost model."""
         return sum(
             watts(self.cost, worker.decoding + worker.pending, worker.context_tokens, worker.step_now_s)
             for worker in self.workers.values()
         )
+
+
+def packed_sequences(worker: Worker, target: int, now: float) -> float:
+    """This router's part of the worker's work, in sequences of a worker that is filled to `target`.
+
+    Of its time, the share in prefill, and of the rest as much as decoding its tokens would take at `target` sequences a step.
+    Fuller workers count as many as they have.
+    """
+    in_flight = worker.in_flight
+    if in_flight >= target:
+        return float(worker.own.in_flight)
+    prefill = min(worker.prefill_share * exp((worker.prefill_share_at - now) / PREFILL_SHARE_WINDOW_S), 1.0)
+    context = worker.context_tokens / worker.decoding if worker.decoding else 0.0
+    full_step_s = worker.step_s + target * (worker.step_s_per_sequence + worker.step_s_per_context_token * context)
+    decode = worker.decoding * full_step_s / (target * worker.step_now_s)
+    mine = worker.own.in_flight / in_flight if worker.elsewhere.in_flight else 1.0
+    return mine * target * min(prefill + (1.0 - prefill) * decode, 1.0)
 
 
 def _load(worker: Worker, itl_slo_s: float) -> float:

@@ -337,6 +337,11 @@ class RouterMetrics:
             "Sequences a worker is filled to before another is used.",
             labels=("pool",),
         )
+        packed = GaugeMetricFamily(
+            PREFIX + "packed_sequences",
+            "What this router has at workers, in sequences of workers filled to the pack target: the same for any number of them.",
+            labels=("pool",),
+        )
         cached_shares = self._cached_shares()
         for pool in dispatcher.pools():
             name = pool.name
@@ -351,6 +356,7 @@ class RouterMetrics:
             for state, count in states.items():
                 workers.add_metric((name, state), count)
             pack.add_metric((name,), pool.pack_target())
+            packed.add_metric((name,), dispatcher.packed_sequences(name))
             predicted.add_metric((name,), dispatcher.predicted_ttft_s(name, cached_shares.get(name, 0.0)))
         queue = GaugeMetricFamily(
             PREFIX + "queue_depth", "Requests held in the router's queue.", labels=("policy", "model")
@@ -365,7 +371,7 @@ class RouterMetrics:
             PREFIX + "config_refused", "Whether a newer configuration is there that cannot be served."
         )
         refused.add_metric((), bool(self._loaded.refused))
-        yield from (in_flight, workers, at_worker, cached, predicted, pack, queue, revision, rejected, refused)
+        yield from (in_flight, workers, at_worker, cached, predicted, pack, packed, queue, revision, rejected, refused)
 
     def _cached_shares(self) -> dict[str, float]:
         """Pool → the share of its prompts' tokens that was expected in a cache."""

@@ -250,13 +250,15 @@ def _stalled(arrival: Arrival, own: float, spare: float, worker: Worker, now: fl
     share = arrival.outputs.share_up_to
     more = own / spare
     stalled = worker.pending * (share(1.0 + more) - arrival.outputs.shares[0])
-    running = 0.0
-    if worker.backlog_s:
-        running = min(now - worker.head_since, worker.head_prefill_s)
-    for since, prefilled in worker.decoding_since[: -YOUNG - 1 : -1]:
-        suffered = worker.prefill_seconds - prefilled
-        safe = 1.0 + (suffered + worker.backlog_s) / spare
-        age = 1.0 + max(now - since - suffered - running, 0.0) / worker.step_now_s
+    backlog, prefill_seconds, step = worker.backlog_s, worker.prefill_seconds, worker.step_now_s
+    running = min(now - worker.head_since, worker.head_prefill_s) if backlog else 0.0
+    for since, prefilled in worker.decoding_since[
+        : -YOUNG - 1 : -1
+    ]:  # a decision's innermost loop: locals, no min and max
+        suffered = prefill_seconds - prefilled
+        safe = 1.0 + (suffered + backlog) / spare
+        decoded = now - since - suffered - running
+        age = 1.0 + decoded / step if decoded > 0.0 else 1.0
         if age < safe + more:
             past = share(age)
             if past < 1.0:

@@ -22,6 +22,8 @@ PAGE = """\
 # TYPE kvfleet_router_in_flight gauge
 kvfleet_router_in_flight{pool="a"} 30
 kvfleet_router_in_flight{pool="b"} 500
+kvfleet_router_packed_sequences{pool="a"} 40
+kvfleet_router_packed_sequences{pool="b"} 700
 kvfleet_router_queue_depth{policy="chat"} 4
 kvfleet_router_predicted_ttft_seconds{pool="a"} 0.25
 kvfleet_router_pack_target_sequences{pool="a"} 48
@@ -51,7 +53,7 @@ async def test_routers_are_summed(reader: RouterReader, serve: Any, answer: Call
     routers = [await serve(lambda request: answer(PAGE)) for _ in range(2)]
     question = PoolQuestion([*signals(), *activity_signals(SCOPE)], [router.url for router in routers])
     ((concurrency, ttft, busy, served),) = await reader.read([question])
-    assert (concurrency.quality, concurrency.value, concurrency.target) == (Quality.FRESH, 2 * 34.0, 48.0)
+    assert (concurrency.quality, concurrency.value, concurrency.target) == (Quality.FRESH, 2 * 44.0, 0.8 * 48.0)
     assert (ttft.quality, ttft.value, ttft.target) == (Quality.FRESH, pytest.approx(0.25), pytest.approx(0.7))
     assert (busy.quality, busy.value) == (Quality.FRESH, 68.0)
     assert (served.quality, served.value) == (Quality.FRESH, 204.0)
@@ -82,7 +84,7 @@ async def test_a_router_that_does_not_answer_makes_the_sum_partial(
     up = await serve(lambda request: answer(PAGE))
     down = await serve(lambda request: answer("busy", "503 Service Unavailable"))
     ((concurrency,),) = await reader.read([PoolQuestion(signals({"concurrency": {}}), [up.url, down.url])])
-    assert (concurrency.quality, concurrency.value) == (Quality.PARTIAL, 34.0)
+    assert (concurrency.quality, concurrency.value) == (Quality.PARTIAL, 44.0)
     assert concurrency.message == "only 1 of 2 routers report it"
 
 
@@ -134,8 +136,8 @@ async def test_a_query_needs_a_prometheus(reader: RouterReader) -> None:
             "redirects to 'http://elsewhere/'",
         ),
         (b"SSH-2.0-OpenSSH_9.2\r\n\r\n", "illegal"),
-        (b"HTTP/1.1 200 OK\r\n\r\nkvfleet_router_in_flight{pool= 3\n", "not in Prometheus's text format"),
-        (b'HTTP/1.1 200 OK\r\n\r\nkvfleet_router_in_flight{pool="\xff"} 3\n', "not in Prometheus's text format"),
+        (b"HTTP/1.1 200 OK\r\n\r\nkvfleet_router_packed_sequences{pool= 3\n", "not in Prometheus's text format"),
+        (b'HTTP/1.1 200 OK\r\n\r\nkvfleet_router_packed_sequences{pool="\xff"} 3\n', "not in Prometheus's text format"),
     ],
 )
 async def test_what_a_process_may_answer_is_bounded_and_checked(

@@ -35,6 +35,7 @@ from kvfleet_operator.autoscale.signals import (
 
 SCOPE = PoolScope("prod", "llama-h100", ("llama-8b",), (QueueShare("chat", 0.5),), 2.0)
 IN_FLIGHT = 'kvfleet_router_in_flight{namespace="prod",pool="llama-h100"}'
+PACKED = 'kvfleet_router_packed_sequences{namespace="prod",pool="llama-h100"}'
 QUEUE = 'kvfleet_router_queue_depth{namespace="prod",policy="chat",model=~"llama-8b|"}'
 
 
@@ -52,6 +53,7 @@ def page(**series: float) -> Samples:
     """One router's metrics for the pool, by short name."""
     names = {
         "in_flight": ("kvfleet_router_in_flight", {"pool": "llama-h100"}),
+        "packed": ("kvfleet_router_packed_sequences", {"pool": "llama-h100"}),
         "queue": ("kvfleet_router_queue_depth", {"policy": "chat"}),
         "other_queue": ("kvfleet_router_queue_depth", {"policy": "batch"}),
         "queue_other_model": ("kvfleet_router_queue_depth", {"policy": "chat", "model": "qwen"}),
@@ -73,16 +75,30 @@ def test_concurrency_is_a_total_with_the_pool_s_share_of_the_queue() -> None:
     (signal,) = signals({"concurrency": {}})
     assert signal.kind == "AverageValue"
     assert parts(query_of(signal)) == {
-        "value": f"(sum({IN_FLIGHT}) or vector(0)) + 0.5 * (sum({QUEUE}) or vector(0))",
-        "target": 'min(kvfleet_router_pack_target_sequences{namespace="prod",pool="llama-h100"})',
-        "sources": f"count(count by (instance) ({IN_FLIGHT}))",
-        "age": f"time() - min(timestamp({IN_FLIGHT}))",
+        "value": f"(sum({PACKED}) or vector(0)) + 0.5 * (sum({QUEUE}) or vector(0))",
+        "target": '0.8 * min(kvfleet_router_pack_target_sequences{namespace="prod",pool="llama-h100"})',
+        "sources": f"count(count by (instance) ({PACKED}))",
+        "age": f"time() - min(timestamp({PACKED}))",
     }
+
+
+def test_how_full_of_the_pack_target_workers_are_to_be_can_be_said() -> None:
+    (signal,) = signals({"concurrency": {"targetPercentOfPackTarget": 60}})
+    assert not isinstance(signal.target, float)
+    assert signal.target.evaluate([page(pack=50), page(pack=40)]) == pytest.approx(24)
+    assert signal.target.evaluate([{}]) is None
+
+
+def test_routers_that_do_not_know_the_figure_yet_are_missing_and_not_idle() -> None:
+    (signal,) = signals({"concurrency": {}})
+    assert signal.anchor is not None
+    assert not signal.anchor.values(page(in_flight=30, pack=48))
 
 
 def test_concurrency_with_a_target_of_its_own_does_not_ask_for_one() -> None:
     (signal,) = signals({"concurrency": {"targetPerReplica": 48}})
     assert signal.target == 48.0
+    assert parts(query_of(signal))["value"].startswith(f"(sum({IN_FLIGHT}) or vector(0))")
     assert "target" not in parts(query_of(signal))
 
 
@@ -123,14 +139,14 @@ def test_two_signals_of_one_kind_can_be_told_apart() -> None:
 def test_the_same_arithmetic_over_scraped_routers() -> None:
     concurrency, ttft = signals({"concurrency": {}}, {"timeToFirstToken": {}})
     routers = [
-        page(in_flight=30, queue=8, other_queue=100, ttft=0.2, pack=48),
-        page(in_flight=10, queue=0, queue_other_model=50, ttft=1.0, pack=40),
+        page(in_flight=30, packed=33, queue=8, other_queue=100, ttft=0.2, pack=48),
+        page(in_flight=10, packed=12, queue=0, queue_other_model=50, ttft=1.0, pack=40),
     ]
     assert concurrency.expression is not None
     assert ttft.expression is not None
-    assert concurrency.expression.evaluate(routers) == 30 + 10 + 0.5 * 8
+    assert concurrency.expression.evaluate(routers) == 33 + 12 + 0.5 * 8
     assert not isinstance(concurrency.target, float)
-    assert concurrency.target.evaluate(routers) == 40
+    assert concurrency.target.evaluate(routers) == 0.8 * 40
     assert ttft.expression.evaluate(routers) == pytest.approx((30 * 0.2 + 10 * 1.0) / 40)
 
 
@@ -158,7 +174,7 @@ def test_a_worker_of_several_engines_counts_once() -> None:
 
 def test_the_metrics_to_scrape_are_those_of_value_target_and_anchor() -> None:
     assert metrics_of(signals({"concurrency": {}})) == {
-        "kvfleet_router_in_flight",
+        "kvfleet_router_packed_sequences",
         "kvfleet_router_queue_depth",
         "kvfleet_router_pack_target_sequences",
     }

@@ -5,6 +5,7 @@ from heapq import heappop, heappush
 import pytest
 from routing_fleet import COST, Fleet, config, cost, policy, pool, request
 
+from kvfleet_router.core.dispatcher import Load
 from kvfleet_router.core.energy import marginal_joules, pack_target, watts
 
 
@@ -57,6 +58,39 @@ def test_the_dispatcher_tells_the_pack_target_of_a_pool():
     for n in range(200):
         fleet.answer(fleet.sent(request(100, prefix=n)), ttft=0.01, seconds=1.1, output_tokens=101, prompt_tokens=100)
     assert fleet.dispatcher.pack_target("pool") < before / 2  # steps of 11 ms leave little room below 12
+
+
+def test_packed_sequences_count_the_work_and_not_how_it_is_spread():
+    """Twelve answers on one worker and twelve on four: on four they are done sooner, so they are more work."""
+    packed = []
+    for workers in (1, 4):
+        fleet = Fleet(workers=workers, strategy="least_request")
+        for n in range(12):
+            fleet.dispatcher.first_token(fleet.sent(request(100, prefix=n)))
+        packed.append(fleet.dispatcher.packed_sequences("pool"))
+    step_s = [COST.decode_step_s(n, n * 100.0) for n in (12, 3)]
+    assert packed[1] / packed[0] == pytest.approx(step_s[0] / step_s[1], rel=0.05), "tokens per second"
+    assert packed[0] > 12, "on a worker filled to the pack target steps are longer, and more are in flight"
+
+
+def test_a_worker_beyond_the_pack_target_counts_as_full_as_it_is_and_an_idle_one_nothing():
+    fleet = Fleet(workers=1, itl_slo_s=0.0075)
+    assert fleet.dispatcher.packed_sequences("pool") == 0
+    for n in range(40):
+        fleet.dispatcher.first_token(fleet.sent(request(100, prefix=n)))
+    assert fleet.dispatcher.pack_target("pool") < 40
+    assert fleet.dispatcher.packed_sequences("pool") == 40
+
+
+def test_each_router_counts_its_own_part_of_a_workers_packed_sequences():
+    fleet = Fleet(workers=1)
+    for n in range(10):
+        fleet.dispatcher.first_token(fleet.sent(request(100, prefix=n)))
+    alone = fleet.dispatcher.packed_sequences("pool")
+    fleet.dispatcher.told({"pool-0": Load(in_flight=30, decoding=30, context_tokens=3000.0)})
+    shared = fleet.dispatcher.packed_sequences("pool")
+    alone_s, shared_s = COST.decode_step_s(10, 1000.0), COST.decode_step_s(40, 4000.0)
+    assert shared == pytest.approx(alone * alone_s / shared_s, rel=0.05), "a quarter of the tokens of longer steps"
 
 
 def test_watts_rise_from_idle_with_the_batch():

@@ -163,6 +163,7 @@ async def test_the_exposition_is_valid_and_names_are_the_documented_ones(bench: 
         "worker_in_flight": "gauge",
         "worker_cached_tokens": "gauge",
         "pack_target_sequences": "gauge",
+        "packed_sequences": "gauge",
         "config_info": "gauge",
         "config_errors": "counter",
         "config_refused": "gauge",

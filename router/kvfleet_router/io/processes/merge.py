@@ -24,7 +24,10 @@ CUMULATIVE = ("counter", "histogram", "summary")
 _ROUTER = "kvfleet_router_"
 SUMMED = frozenset(
     (
-        *(_ROUTER + name for name in ("in_flight", "worker_in_flight", "queue_depth", "client_connections")),
+        *(
+            _ROUTER + name
+            for name in ("in_flight", "packed_sequences", "worker_in_flight", "queue_depth", "client_connections")
+        ),
         *(_ROUTER + name for name in ("request_body_bytes",)),
         *("process_resident_memory_bytes", "process_virtual_memory_bytes", "process_open_fds"),
     )
