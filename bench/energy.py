@@ -5,8 +5,9 @@
 DATA_DIR holds the traces (docs/simulate.md says which are read). Fleets are those of examples/bench8 (one kind of accelerator)
 and examples/mixed (two kinds). Load is the share of the fleet's saturation rate. Every joule of every worker counts, idling
 included. `static N` is the honest baseline: `lmetric` over the smallest number of workers, picked by trying all, that loses at
-most one point of attainment; the others idle. `parked`: workers idle for a minute are off (0 W), and take a minute to start.
-Nothing here is measured on hardware; `E0 halved` is the same fleet with half the energy of a step, believed and true.
+most one point of attainment; the others idle. `parked`: workers idle for a minute are stopped, and take a minute to start;
+their devices are given back (0 W) or `kept` (75 W: an H100 without a process, docs/gpu-energy.md). Simulated, with the bundled
+profiles; `E0 halved` is the same fleet with half the energy of a step, believed and true.
 """
 
 from __future__ import annotations
@@ -31,9 +32,11 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "energy.md"
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 PARK_S = STARTUP_S = 60.0
+KEPT_WATTS = 75.0
 WANTED_LOSS = 0.01
 SHARED_PREFIX_FACTOR = 2
 """Requests of the generated load, as a multiple of the limit: they are short."""
+LOADS = (0.3, 0.6, 0.8, 0.95)
 TRACES = ("mooncake_conversation_first_half.jsonl.gz", "mooncake_synthetic.jsonl.gz", SHARED_PREFIX)
 
 
@@ -47,7 +50,9 @@ class Case:
     load: Load
     saturation_rps: float
 
-    def run(self, policy: str, share: float, *, parked: bool = False, config: FleetConfig | None = None) -> Figures:
+    def run(
+        self, policy: str, share: float, *, parked_watts: float | None = None, config: FleetConfig | None = None
+    ) -> Figures:
         chosen = with_policy(config or self.config, policy)
         rate_rps = share * self.saturation_rps
         result = run_fleet(
@@ -55,7 +60,9 @@ class Case:
             self.load.requests(rate_rps, 0),
             model=self.model,
             block_tokens=self.load.block_tokens,
-            elastic=Elastic(Parking(PARK_S), startup_s=STARTUP_S) if parked else None,
+            elastic=None
+            if parked_watts is None
+            else Elastic(Parking(PARK_S), startup_s=STARTUP_S, off_watts=parked_watts),
         )
         # By the whole fleet's promise: a smaller one has no slower "unloaded" TTFT.
         return figures(result, self.config, Slo.of(self.config, self.model), rate_rps)
@@ -112,7 +119,8 @@ def rows(found: Case, share: float, *, parked: bool, static: bool) -> Iterator[t
     named.append(("kvfleet", found.run("kvfleet", share)))
     named.append(("kvfleet:energy", found.run("kvfleet:energy", share)))
     if parked:
-        named.append(("kvfleet:energy, parked", found.run("kvfleet:energy", share, parked=True)))
+        for label, off_watts in (("parked", 0.0), ("parked, kept", KEPT_WATTS)):
+            named.append((f"kvfleet:energy, {label}", found.run("kvfleet:energy", share, parked_watts=off_watts)))
     for name, figure in named:
         yield name, figure, figure.joules_per_token / base.joules_per_token - 1
 
@@ -144,9 +152,9 @@ def main() -> None:
     data, limit = arguments.data, arguments.limit
 
     def each(
-        fleet: str, workers: int | None, shares: tuple[float, ...], **options: float
+        fleet: str, workers: int | None, shares: tuple[float, ...], size: int = 1, **options: float
     ) -> list[tuple[Case, tuple[float, ...]]]:
-        size = (workers or 8) // 8
+        """`workers`: of each pool; `size`: how many times a fleet of eight."""
         return [
             (
                 case(
@@ -163,10 +171,11 @@ def main() -> None:
         ]
 
     sections = [
-        table("Eight workers of one kind", each("bench8", 8, (0.3, 0.6, 0.8, 0.95)), parked=True, static=True),
-        table("Mixed: four H100 and four A100", each("mixed", None, (0.3, 0.6, 0.8)), parked=False, static=False),
-        table("E0 halved, eight workers of one kind", each("bench8", 8, (0.3,), e0=0.5), parked=False, static=True),
-        table("32 workers of one kind", each("bench8", 32, (0.3, 0.8))[:1], parked=False, static=False),
+        table("Eight workers of one kind", each("bench8", 8, LOADS), parked=True, static=True),
+        table("Mixed: four H100 and four A100", each("mixed", None, LOADS), parked=False, static=False),
+        table("E0 halved, eight workers of one kind", each("bench8", 8, LOADS[:2], e0=0.5), parked=False, static=True),
+        table("32 workers of one kind", each("bench8", 32, LOADS, 4), parked=False, static=False),
+        table("Mixed: 16 H100 and 16 A100", each("mixed", 16, LOADS, 4), parked=False, static=False),
     ]
     text = f"Written by `python bench/energy.py DATA_DIR --limit {limit} --write`.\n\n" + "\n".join(sections)
     print(text)

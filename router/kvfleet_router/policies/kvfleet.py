@@ -26,7 +26,7 @@ stalls cost in spare time is safe, and one that cannot become so is lost already
 elsewhere.
 
 With energy, the SLO weighs more and its margin is earlier (the guard), and joules have a price: load gathers on few
-workers. As load rises the price and the guard fade out, until the policy is the latency policy again.
+workers. As load rises first the guard, then the price fades out, until the policy is the latency policy again.
 
 Inputs: the router's own accounting, the prefix index, the cost model with its calibration. No engine metrics.
 """
@@ -92,10 +92,11 @@ GUARD = replace(
 )
 """GP while energy has its full price: the SLO weighs more, and from 60 % on; seconds that keep within it weigh less."""
 
-ENERGY_FULL_BELOW_LOAD: Final = 0.45
-ENERGY_OFF_ABOVE_LOAD: Final = 0.6
-"""Load of the pools (0 idle, 1 at the edge of the SLO) between which the price of energy fades out. It swings by some 0.1
-around the share of the capacity that is asked for: at 0.8 of it the policy is the latency policy all the time."""
+GUARD_FADES: Final = (0.45, 0.6)
+PRICE_FADES: Final = (0.6, 0.75)
+"""Load of the pools (0 idle, 1 at the edge of the SLO) between which the guard and the price of energy fade out. It swings by some
+0.1 around the share of the capacity that is asked for: at 0.8 of it the policy is the latency policy nearly all the time. The guard
+goes first: among busy workers keeping to 60 % of the SLO would scatter over the dear ones what the price gathers."""
 FADING_STEPS: Final = 20
 
 BUSY_PREFILL_SHARE: Final = 0.3
@@ -130,10 +131,10 @@ class KVFleet(Policy):
 
     def _weights(self, load: float) -> tuple[Weights, float]:
         """With energy: the constants and the price of a joule (s/J) at this load."""
-        if load >= ENERGY_OFF_ABOVE_LOAD:
+        price = _left(load, PRICE_FADES)
+        if not price:
             return self.latency, 0.0
-        share = min((ENERGY_OFF_ABOVE_LOAD - load) / (ENERGY_OFF_ABOVE_LOAD - ENERGY_FULL_BELOW_LOAD), 1.0)
-        return self._fading[round(share * FADING_STEPS)], share * self.config.energy_s_per_joule
+        return self._fading[round(_left(load, GUARD_FADES) * FADING_STEPS)], price * self.config.energy_s_per_joule
 
     def score(self, arrival: Arrival, worker: Worker, cached_tokens: float, now: float) -> tuple[float, ...]:
         weights, price = self._weights(arrival.load) if self._prices_energy else (self.latency, 0.0)
@@ -234,6 +235,12 @@ class KVFleetLatency(KVFleet):
     """The same with the LAT constants."""
 
     latency = LATENCY
+
+
+def _left(load: float, fades: tuple[float, float]) -> float:
+    """1 below the span, 0 above it, a line between."""
+    full_below, off_above = fades
+    return min(max((off_above - load) / (off_above - full_below), 0.0), 1.0)
 
 
 def _between(low: Weights, high: Weights, share: float) -> Weights:

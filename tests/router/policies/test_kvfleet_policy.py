@@ -8,12 +8,12 @@ from routing_fleet import COST, Fleet, config, cost, policy, pool, request
 from kvfleet_router.core.columns import YOUNG
 from kvfleet_router.core.dispatcher import Held
 from kvfleet_router.policies.kvfleet import (
-    ENERGY_FULL_BELOW_LOAD,
-    ENERGY_OFF_ABOVE_LOAD,
     GOODPUT,
     GUARD,
+    GUARD_FADES,
     LATENCY,
     LEAST_BUSY,
+    PRICE_FADES,
     KVFleet,
 )
 
@@ -198,9 +198,10 @@ def test_a_deadline_out_of_reach_costs_no_more():
     ("load", "price", "weights"),
     [
         (0.0, 1.0, GUARD),
-        (ENERGY_FULL_BELOW_LOAD, 1.0, GUARD),
-        ((ENERGY_FULL_BELOW_LOAD + ENERGY_OFF_ABOVE_LOAD) / 2, 0.5, None),
-        (ENERGY_OFF_ABOVE_LOAD, 0.0, GOODPUT),
+        (GUARD_FADES[0], 1.0, GUARD),
+        (sum(GUARD_FADES) / 2, 1.0, None),
+        (sum(PRICE_FADES) / 2, 0.5, GOODPUT),
+        (PRICE_FADES[1], 0.0, GOODPUT),
         (1.0, 0.0, GOODPUT),
     ],
 )
