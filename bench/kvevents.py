@@ -3,7 +3,9 @@
     python bench/kvevents.py                     block events per second of one core; microseconds per request
     python bench/kvevents.py --fleet 64 --seconds 300
                                                  so many publishers at --blocks-per-second each, over ZMQ on the loopback, into a
-                                                 router's follower: CPU, memory, gaps, and how late the event loop got
+                                                 router's follower: CPU, memory, gaps, and how late the event loop got.
+                                                 A row every --every seconds and one of all; SIGINT and SIGTERM end it early,
+                                                 with the row of all
 
 A step of an engine stores a prefix of 24 blocks and 6 blocks of decoding sequences, and drops as many as it stores once its
 cache is full. CPU time is the process's own (ZMQ's thread included): other load on the machine does not count, but makes it
@@ -18,8 +20,10 @@ import json
 import multiprocessing
 import random
 import resource
+import signal
 import tempfile
 import time
+from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from multiprocessing.connection import Connection
@@ -207,7 +211,10 @@ def _microseconds(work: Any, repeats: int) -> float:
 
 
 def publish(pipe: Connection, engines: int, blocks_per_second: float, held_blocks: int, seconds: float) -> None:
-    """The other process: publishers that keep their pace; says where they are, then how many batches they sent."""
+    """The other process: publishers that keep their pace; says where they are, then how many batches they sent. Ends early
+    where it is told to, or the other is gone (EOFError)."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # terminals tell all processes; the other one tells this one
     context = zmq.Context()
     sockets = []
     for _ in range(engines):
@@ -221,7 +228,7 @@ def publish(pipe: Connection, engines: int, blocks_per_second: float, held_block
     period = STEP_BLOCKS / blocks_per_second / engines
     started = last = time.monotonic()
     sent = 0
-    while (now := time.monotonic()) - started < seconds:
+    while (now := time.monotonic()) - started < seconds and not pipe.poll():
         due = min(sent + int((now - last) / period), sent + MAX_BURST)  # out of breath: slower, not more at once
         last = now if due == sent + MAX_BURST else last + (due - sent) * period
         for turn in range(sent, due):
@@ -230,11 +237,65 @@ def publish(pipe: Connection, engines: int, blocks_per_second: float, held_block
         sent = max(sent, due)
         time.sleep(0.002)
     pipe.send((sent, time.process_time()))
-    pipe.recv()
+    while pipe.recv() != "done":
+        pass
     context.destroy(linger=0)
 
 
-async def follow(pipe: Connection, urls: list[str], seconds: float, held_blocks: int, directory: Path) -> None:
+@dataclass
+class Reading:
+    """What a row is made of: the state at its beginning, and how late the loop was since."""
+
+    at: float
+    cpu_s: float
+    batches: int
+    late_s: list[float]
+
+
+class Table:
+    def __init__(self, follower: Follower, dispatcher: Dispatcher) -> None:
+        self._follower, self._dispatcher = follower, dispatcher
+        self._first, self._last = self._reading(), self._reading()
+        print(
+            "| seconds | blocks/s | CPU | us a block | MiB | blocks held | late ms: median | 99 % | most | gaps | resets |"
+        )
+        print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
+
+    def late(self, seconds: float) -> None:
+        self._first.late_s.append(seconds)
+        self._last.late_s.append(seconds)
+
+    @property
+    def row_age_s(self) -> float:
+        return time.monotonic() - self._last.at
+
+    def row(self) -> None:
+        self._print(self._last, "")
+        self._last = self._reading()
+
+    def all(self) -> None:
+        self._print(self._first, "all ")
+
+    def _reading(self) -> Reading:
+        return Reading(time.monotonic(), time.process_time(), self._follower.counts.batches, [])
+
+    def _print(self, since: Reading, name: str) -> None:
+        wall = time.monotonic() - since.at
+        counts = self._follower.counts
+        cpu = time.process_time() - since.cpu_s
+        blocks = (counts.batches - since.batches) * STEP_BLOCKS
+        late = sorted(since.late_s) or [0.0]
+        workers = [worker.held for worker in self._dispatcher.workers() if worker.held]
+        held = sum(len(engine.cache) for worker in workers for engine in worker.engines)
+        print(
+            f"| {name}{wall:.0f} | {blocks / wall:,.0f} | {cpu / wall:.0%} | {cpu / max(blocks, 1) * 1e6:.1f} "
+            f"| {_resident_mib():.0f} | {held:,} | {late[len(late) // 2] * 1e3:.1f} | {late[int(len(late) * 0.99)] * 1e3:.1f} "
+            f"| {late[-1] * 1e3:.0f} | {counts.gaps} | {counts.resets} |",
+            flush=True,
+        )
+
+
+async def follow(pipe: Connection, urls: list[str], seconds: float, every_s: float, directory: Path) -> None:
     fleet = static_fleet([f"http://127.0.0.1:{10_000 + number}" for number in range(len(urls))], "kvfleet", "bench")
     (pool,) = fleet.pools
     endpoints = [end.model_copy(update={"kv_events_url": url}) for end, url in zip(pool.endpoints, urls, strict=True)]
@@ -248,40 +309,32 @@ async def follow(pipe: Connection, urls: list[str], seconds: float, held_blocks:
             break
         await asyncio.sleep(0.05)
     await asyncio.sleep(1.0)  # subscriptions are on their way
-    memory_before = _resident_mib()
-    late: list[float] = []
-    cpu, started = time.process_time(), time.monotonic()
+    print(f"{len(urls)} publishers; {_resident_mib():.0f} MiB before the first event\n")
+    stopped = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    table = Table(follower, dispatcher)
+    until = time.monotonic() + 2 * seconds + 30  # publishers that are kept from running take longer
     pipe.send("go")
-    while not pipe.poll():
-        if time.monotonic() - started > 2 * seconds + 30:
-            raise SystemExit("the publishers do not answer any more")
+    while not pipe.poll() and not stopped.is_set() and time.monotonic() < until:
         asked = time.perf_counter()
         await asyncio.sleep(0.01)
-        late.append(time.perf_counter() - asked - 0.01)
+        table.late(time.perf_counter() - asked - 0.01)
+        if table.row_age_s >= every_s:
+            table.row()
+    table.all()
+    pipe.send("stop")
     sent, publisher_cpu = pipe.recv()
-    wall = time.monotonic() - started
     counts = follower.counts
-    for _ in range(100):
+    taken_in_time = counts.batches
+    for _ in range(200):
         if counts.batches == sent:
             break
         await asyncio.sleep(0.05)
-    cpu = time.process_time() - cpu
-    held = sum(len(engine.cache) for worker in dispatcher.workers() if worker.held for engine in worker.held.engines)
     malformed = follower.malformed_frames + sum(view.malformed for view in follower.views())
-    late.sort()
-    blocks = counts.batches * STEP_BLOCKS
     print(
-        f"publishers {len(urls)}, {wall:.0f} s: {sent:,} batches sent, {counts.batches:,} taken in, {counts.gaps} gaps, {malformed} malformed"
-    )
-    print(
-        f"blocks stored per second {blocks / wall:,.0f} (and as many removed once caches of {held_blocks:,} are full); held in the end {held:,}"
-    )
-    print(
-        f"CPU {cpu:.1f} s = {cpu / wall:.0%} of one core, {cpu / blocks * 1e6:.1f} us per block stored; publishers' own CPU {publisher_cpu:.0f} s"
-    )
-    print(f"memory {_resident_mib():.0f} MiB ({memory_before:.0f} before the first event)")
-    print(
-        f"event loop late by: median {late[len(late) // 2] * 1e3:.1f} ms, 99 % {late[int(len(late) * 0.99)] * 1e3:.1f} ms, most {late[-1] * 1e3:.0f} ms"
+        f"\nbatches: {sent:,} sent, {taken_in_time:,} taken in by then, {sent - counts.batches:,} lost, {malformed} malformed;"
+        f" publishers' own CPU {publisher_cpu:.0f} s"
     )
     follower.close()
     pipe.send("done")
@@ -292,21 +345,25 @@ def _resident_mib() -> float:
     return pages * resource.getpagesize() / 1_048_576
 
 
-def run_fleet(engines: int, blocks_per_second: float, held_blocks: int, seconds: float) -> None:
+def run_fleet(engines: int, blocks_per_second: float, held_blocks: int, seconds: float, every_s: float) -> None:
     import gc
 
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
     arguments = (theirs, engines, blocks_per_second, held_blocks, seconds)
     publisher = multiprocessing.get_context("spawn").Process(target=publish, args=arguments, daemon=True)
     publisher.start()
-    with tempfile.TemporaryDirectory() as directory:
-        (Path(directory) / "tokenizer.json").write_text(json.dumps(byte_level_document()))
-        urls = ours.recv()
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(*GC_THRESHOLDS)
-        uvloop.run(follow(ours, urls, seconds, held_blocks, Path(directory)))
-    publisher.join(10)
+    theirs.close()
+    try:
+        with tempfile.TemporaryDirectory() as directory:
+            (Path(directory) / "tokenizer.json").write_text(json.dumps(byte_level_document()))
+            urls = ours.recv()
+            gc.collect()
+            gc.freeze()
+            gc.set_threshold(*GC_THRESHOLDS)
+            uvloop.run(follow(ours, urls, seconds, every_s, Path(directory)))
+    finally:
+        ours.close()
+        publisher.join(10)
 
 
 def main() -> None:
@@ -315,10 +372,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--blocks-per-second", type=float, default=1200.0, help="of each publisher")
     parser.add_argument("--held-blocks", type=int, default=27_000, help="of each engine's cache")
+    parser.add_argument("--every", type=float, default=30.0, help="seconds a row is about")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     if options.fleet:
-        run_fleet(options.fleet, options.blocks_per_second, options.held_blocks, options.seconds)
+        run_fleet(options.fleet, options.blocks_per_second, options.held_blocks, options.seconds, options.every)
     else:
         ingest(options.repeats)
         request(options.repeats * 100)

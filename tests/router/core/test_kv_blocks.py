@@ -71,9 +71,7 @@ def test_the_longest_chain_of_equal_bytes_is_found(
     for engine in engines:
         engine.clear()
     assert len(blocks) == 0
-    assert not blocks._following
-    assert not blocks._root_uses
-    assert not blocks.generated
+    assert not blocks.roots
 
 
 def test_a_block_that_ends_the_prompt_is_computed_again() -> None:
@@ -117,7 +115,9 @@ def test_a_slower_medium_counts_less_and_outlives_the_fast_one() -> None:
     assert tokens_of(blocks, b"ababc", 2) == 4
     engine.removed(Removed([1, 2], medium="CPU"))
     assert tokens_of(blocks, b"ababc") == 0
-    assert not blocks.slow_holders
+    assert len(blocks) == 2
+    other.clear()
+    assert len(blocks) == 0
 
 
 def test_blocks_of_other_kinds_of_layers_are_not_prefixes() -> None:
@@ -138,6 +138,53 @@ def test_what_an_image_names_is_found_by_no_text() -> None:
     assert tokens_of(blocks, b"ababc") == 2
 
 
+def test_chains_that_begin_with_an_image_leave_nothing_behind() -> None:
+    blocks = Blocks()
+    engine = EngineCache(blocks, 1, 100)
+    for number in range(50):
+        keys = [[f"image-{number}", "salt"], None]
+        engine.stored(stored([number, 1000 + number], [0, 1, 0, 1], extra_keys=keys), root, TABLE)
+    assert tokens_of(blocks, b"ababc") == 0
+    engine.clear()
+    assert len(blocks) == 0
+    assert not blocks.roots
+
+
+def test_a_hash_that_names_other_tokens_is_the_block_it_was() -> None:
+    """No engine does that; whoever does leaves nothing behind."""
+    blocks = Blocks()
+    engine = EngineCache(blocks, 1, 100)
+    engine.stored(stored([1], [0, 1]), root, TABLE)
+    engine.stored(stored([1, 2], [5, 5, 0, 1]), root, TABLE)
+    engine.removed(Removed([1]))
+    engine.removed(Removed([1]))
+    engine.removed(Removed([2]))
+    assert len(blocks) == len(engine) == 0
+    assert not blocks.roots
+
+
+def test_one_hash_under_many_salts_leaves_nothing_behind() -> None:
+    blocks = Blocks()
+    engine = EngineCache(blocks, 1, 100)
+    for number in range(50):
+        engine.stored(stored([1], [0, 1], extra_keys=[[f"salt-{number}"]]), root, TABLE)
+    assert len(blocks.roots) == 1
+    engine.clear()
+    assert len(blocks) == 0
+    assert not blocks.roots
+
+
+def test_no_part_of_the_table_holds_much_of_it() -> None:
+    """A dictionary that grows is copied as a whole: a part has to stay small."""
+    blocks = Blocks()
+    engine = EngineCache(blocks, 1, 100_000)
+    rng = random.Random(1)
+    for number in range(1000):
+        tokens = [rng.randrange(6) for _ in range(40)]
+        engine.stored(stored([number * 100 + place for place in range(20)], tokens), root, TABLE)
+    assert max(map(len, blocks.parts)) < 3 * len(blocks) / len(blocks.parts) + 20
+
+
 def test_an_adapter_known_by_number_alone_is_matched_by_nothing() -> None:
     blocks = Blocks()
     EngineCache(blocks, 1, 100).stored(stored([1], [0, 1], lora_id=3), root, TABLE)
@@ -152,8 +199,7 @@ def test_an_engine_that_never_removes_takes_no_more_than_its_limit() -> None:
         engine.stored(stored([number], [0, 1], extra_keys=salt), root, TABLE)
     assert len(blocks) == len(engine) == 100
     assert engine.overflows == 4900
-    assert len(blocks._following) <= 200
-    assert len(blocks._root_uses) == 100
+    assert len(blocks.roots) == 100
 
 
 def test_generated_blocks_are_certain_once_they_were_part_of_a_prompt() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -13,7 +14,7 @@ import zmq
 import zmq.asyncio
 
 from kvfleet_router.core.kvevents.stream import Counts, Stream
-from kvfleet_router.io.kvevents.feed import END_OF_REPLAY, Feed, Turn
+from kvfleet_router.io.kvevents.feed import BUDGET_S, END_OF_REPLAY, Feed, Turns
 
 TIMEOUT_S = 20.0
 
@@ -88,7 +89,12 @@ async def following(
     stream = Stream(cache, counts, can_replay=replay)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     feed = Feed(
-        context, Turn(), stream, publisher.url, publisher.replay_url if replay else None, lambda: malformed.append(None)
+        context,
+        Turns(),
+        stream,
+        publisher.url,
+        publisher.replay_url if replay else None,
+        lambda: malformed.append(None),
     )
     try:
         yield stream, cache, malformed, counts
@@ -201,3 +207,55 @@ async def test_frames_that_are_no_batch_are_counted() -> None:
             assert stream.begun
     finally:
         await publisher.close()
+
+
+async def test_a_feed_with_much_to_tell_lets_the_others_have_their_turn() -> None:
+    turns = Turns()
+    told: list[str] = []
+    done = asyncio.Event()
+
+    def endless() -> bool:
+        told.append("endless")
+        return not done.is_set()
+
+    def short() -> bool:
+        told.append("short")
+        if told.count("short") == 3:
+            done.set()
+        return True
+
+    def failing() -> bool:
+        raise RuntimeError("this reader fails")
+
+    failures: list[str] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(str(context["exception"])))
+    for read in (endless, failing, short):
+        turns.want(read)
+        turns.want(read)  # said twice: counts once
+    async with asyncio.timeout(TIMEOUT_S):
+        await done.wait()
+    assert told[:6] == ["endless", "short"] * 3
+    assert failures == ["this reader fails"]
+
+
+async def test_all_feeds_together_leave_the_loop_time_for_others() -> None:
+    """However many have something to read, other callbacks run after at most the budget and one slice."""
+    turns = Turns()
+    read_at: list[float] = []
+
+    def busy() -> bool:
+        began = time.perf_counter()
+        while time.perf_counter() < began + BUDGET_S / 4:
+            pass
+        read_at.append(began)
+        return False
+
+    readers = [lambda: busy() for _ in range(40)]
+    for read in readers:
+        turns.want(read)
+    turns_of_the_loop = 0
+    async with asyncio.timeout(TIMEOUT_S):
+        while len(read_at) < len(readers):
+            await asyncio.sleep(0)
+            turns_of_the_loop += 1
+    assert turns_of_the_loop >= 8  # a budget holds four or five slices of these

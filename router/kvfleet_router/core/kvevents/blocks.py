@@ -14,7 +14,10 @@ block on a slower medium (CPU memory, disk) has to be fetched: it counts SLOW_WE
 came one at a time were filled while decoding: they hold the tokens the model sampled, and the next turn of the conversation
 may spell the same text in others. How much of them was found again is learned (`Trust`), and weighs them.
 
-All tables map integers to integers: there is nothing in them for the garbage collector to visit.
+A block is one object, known by its key to the fleet and by its hashes to the engines that hold it, so that an event touches
+the table of keys once. The table has many parts, none of them large: a dictionary that grows is copied as a whole, and one
+of a whole fleet's blocks would keep requests waiting meanwhile. Nothing here is the garbage collector's to
+visit.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
+from msgspec import Struct
 from xxhash import xxh3_64_intdigest
 
 from kvfleet_router.core.index import Match
@@ -37,6 +41,33 @@ MAX_VISITS = 16_384
 PREFIX_KINDS = frozenset([None, "full_attention", "mla_attention"])
 """Kinds of cache in which a block is found by the whole prompt before it."""
 TRUST_FADE = 0.98
+
+
+PART_SHIFT = 56
+"""The table's part is named by a key's highest bits: dictionaries themselves go by the lowest."""
+PARTS = 1 << 64 - PART_SHIFT
+
+
+class Block(Struct, gc=False, eq=False):
+    """A block that somebody holds. It refers to no other blocks than its root, so there are no cycles to collect."""
+
+    key: int
+    holders: int = 0
+    """Workers that have it on their fast medium."""
+    slow_holders: int = 0
+    following: int = 0
+    """The length of the blocks that follow; several: minus a bit mask of the lengths; 0: none is known."""
+    generated: bool = False
+    """It holds sampled tokens. What was also computed as part of a prompt is spelled as prompts are."""
+    root: Root | None = None
+    """Of the first block of a chain."""
+
+
+class Root(Block, gc=False, eq=False):
+    """Where chains begin; held by nobody."""
+
+    uses: int = 0
+    """First blocks that begin here."""
 
 
 class Found(NamedTuple):
@@ -58,102 +89,87 @@ class Blocks:
     """All workers' blocks of one model. `mask`s are of workers, by the bit the caller gives them."""
 
     def __init__(self) -> None:
-        self.holders: dict[int, int] = {}
-        self.slow_holders: dict[int, int] = {}
-        self._following: dict[int, int] = {}
-        """Key -> the length of the blocks that follow; several: minus a bit mask of the lengths."""
-        self.generated: set[int] = set()
-        """Keys of blocks that hold sampled tokens. What was also computed as part of a prompt is spelled as prompts are."""
-        self._root_of: dict[int, int] = {}
-        self._root_uses: dict[int, int] = {}
+        self.parts: list[dict[int, Block]] = [{} for _ in range(PARTS)]
+        self.roots: dict[int, Root] = {}
 
     def __len__(self) -> int:
-        return len(self.holders)
+        """Blocks that somebody holds."""
+        return sum(map(len, self.parts))
+
+    def get(self, key: int) -> Block | None:
+        return self.parts[key >> PART_SHIFT].get(key)
 
     # -- what engines say -------------------------------------------------------------------------------------------------
 
-    def hold(self, parent: int, key: int, length: int, bit: int, *, is_root: bool) -> None:
-        """A worker has this block on its fast medium from now on."""
-        mask = self.holders.get(key, 0)
-        self.holders[key] = mask | bit
-        following = self._following.get(parent)
-        if following is None:
-            self._following[parent] = length
-        elif following != length:
-            known = 1 << following if following > 0 else -following
-            self._following[parent] = -(known | 1 << length)
-        if is_root and key not in self._root_of:
-            self._root_of[key] = parent
-            self._root_uses[parent] = self._root_uses.get(parent, 0) + 1
+    def root(self, key: int) -> Root:
+        """Where this chain begins. To be forgotten by the caller if no first block came to use it."""
+        root = self.roots.get(key)
+        if root is None:
+            root = self.roots[key] = Root(key)
+        return root
 
-    def drop(self, key: int, bit: int) -> None:
-        """A worker has the block on its fast medium no more."""
-        mask = self.holders.get(key, 0) & ~bit
-        if mask:
-            self.holders[key] = mask
-        else:
-            self.holders.pop(key, None)
-            self._forget_if_unheld(key)
+    @staticmethod
+    def link(parent: Block, length: int) -> None:
+        """A block of so many bytes follows."""
+        following = parent.following
+        if following != length and length:
+            if following:
+                known = 1 << following if following > 0 else -following
+                length = -(known | 1 << length)
+            parent.following = length
 
-    def hold_slow(self, key: int, bit: int) -> None:
-        self.slow_holders[key] = self.slow_holders.get(key, 0) | bit
-
-    def drop_slow(self, key: int, bit: int) -> None:
-        mask = self.slow_holders.get(key, 0) & ~bit
-        if mask:
-            self.slow_holders[key] = mask
-        else:
-            self.slow_holders.pop(key, None)
-            self._forget_if_unheld(key)
-
-    def _forget_if_unheld(self, key: int) -> None:
-        if key in self.holders or key in self.slow_holders:
-            return
-        self._following.pop(key, None)
-        self.generated.discard(key)
-        root = self._root_of.pop(key, None)
+    def forget(self, block: Block) -> None:
+        """Nobody holds it any more."""
+        key = block.key
+        self.parts[key >> PART_SHIFT].pop(key, None)
+        root = block.root
         if root is not None:
-            self._root_uses[root] -= 1
-            if not self._root_uses[root]:
-                del self._root_uses[root]
-                self._following.pop(root, None)
+            block.root = None
+            root.uses -= 1
+            if not root.uses:
+                self.roots.pop(root.key, None)
 
     # -- what requests ask ------------------------------------------------------------------------------------------------
 
     def walk(self, prompt: bytes, root: int, block_tokens: int) -> Found:
         """Who holds how much of the prompt. A block that ends where the prompt ends does not count: its last token, at least,
         is computed in any case, and engines then compute the whole block."""
-        ways = [_Way(root, 0, 0, 0, 0, -1, [])]
+        begin = self.roots.get(root)
+        if begin is None:
+            return NOTHING
+        ways = [_Way(begin, 0, 0, 0, 0, -1, [])]
         ends: list[_End] = []
         deepest = deepest_at = 0
         visits = MAX_VISITS
-        following_of, holders_of, slow_of, generated = self._following.get, self.holders.get, None, self.generated
-        if self.slow_holders:
-            slow_of = self.slow_holders.get
-        digest, size = xxh3_64_intdigest, len(prompt)
+        parts, digest, size = self.parts, xxh3_64_intdigest, len(prompt)
         while ways:
-            key, at, end, live, depth, certain, slow = ways.pop()
+            block, at, end, live, depth, certain, slow = ways.pop()
             while True:
                 if not end:
-                    length = following_of(key, 0)
+                    length = block.following
                     if length > 0:
                         end = at + length
                     elif length and visits > 0:
-                        branches = self._branches(prompt, at, key, -length)
+                        branches = self._branches(prompt, at, block.key, -length)
                         visits -= length.bit_length()
                         if not branches:
                             break
                         end = branches.pop()
-                        ways += [_Way(key, at, other, live, depth, certain, slow[:]) for other in branches]
+                        ways += [_Way(block, at, other, live, depth, certain, slow[:]) for other in branches]
                     else:
                         break
                 if end >= size:
                     break
-                key = digest(prompt[at:end], key)
-                mask = holders_of(key, 0)
-                if slow_of is not None:
-                    fetched = slow_of(key, 0) & ~mask
+                key = digest(prompt[at:end], block.key)
+                found = parts[key >> PART_SHIFT].get(key)
+                if found is None:
+                    break
+                block = found
+                mask = block.holders
+                if slow or block.slow_holders:
+                    fetched = block.slow_holders & ~mask
                     mask |= fetched
+                    slow += [0] * (depth - len(slow))
                     slow.append(fetched)
                 if mask != live:
                     kept = live & mask if depth else mask
@@ -163,7 +179,7 @@ class Blocks:
                         live = kept
                         if not kept:
                             break
-                if certain < 0 and key in generated:
+                if certain < 0 and block.generated:
                     certain = depth
                 depth += 1
                 at, end = end, 0
@@ -181,7 +197,7 @@ class Blocks:
             lengths &= lengths - 1
             if at + length < len(prompt):
                 found = xxh3_64_intdigest(prompt[at : at + length], key)
-                if found in self.holders or found in self.slow_holders:
+                if self.get(found) is not None:
                     ends.append(at + length)
         return ends
 
@@ -189,7 +205,8 @@ class Blocks:
 class _Way(NamedTuple):
     """One way through a prompt, so far."""
 
-    key: int
+    block: Block
+    """Entered last."""
     at: int
     end: int
     """Of the block to enter next; 0: not chosen yet."""
@@ -199,7 +216,7 @@ class _Way(NamedTuple):
     certain: int
     """Blocks before the first generated one; -1: there was none."""
     slow: list[int]
-    """Of each block, the workers that hold it on a slower medium only. Empty where there are none at all."""
+    """Of each block, the workers that hold it on a slower medium only; empty up to the first such block."""
 
 
 class _End(NamedTuple):
@@ -269,7 +286,19 @@ class Trust:
 class EngineCache:
     """One engine's (or data-parallel rank's) part: its own names of blocks, and how often each is stored."""
 
-    __slots__ = ("_aliases", "_copies", "_fast", "_group", "_slow", "bit", "blocks", "limit", "orphans", "overflows")
+    __slots__ = (
+        "_aliases",
+        "_copies",
+        "_fast",
+        "_group",
+        "_others",
+        "_slow",
+        "bit",
+        "blocks",
+        "limit",
+        "orphans",
+        "overflows",
+    )
 
     def __init__(self, blocks: Blocks, bit: int, limit: int) -> None:
         """`limit`: most blocks taken in per medium; beyond, the oldest are forgotten."""
@@ -279,10 +308,11 @@ class EngineCache:
         self.orphans = 0
         """Blocks that could not be placed: what they follow is not known."""
         self.overflows = 0
-        self._fast: dict[Hash, int] = {}
+        self._others = ~bit
+        self._fast: dict[Hash, Block] = {}
         self._copies: dict[Hash, int] = {}  # stores beyond the first
         self._aliases: dict[int, int] = {}  # key -> hashes beyond the first: equal bytes, different tokens
-        self._slow: dict[Hash, int] = {}
+        self._slow: dict[Hash, Block] = {}
         self._group: int | None = None  # the group of layers whose blocks count, once known
 
     def __len__(self) -> int:
@@ -300,38 +330,53 @@ class EngineCache:
         if not tokens:
             return
         parent, extras = event.parent_block_hash, event.extra_keys
-        is_root = parent is None
-        if is_root:
+        pieces = [table[token] for token in tokens]
+        salt = root = None
+        before: Block | None
+        if parent is None:
             salt = _salt(extras, event.lora_name)
             unnamed = event.lora_id is not None and event.lora_name is None
-            key = roots(f"\0{event.lora_id}" if unnamed else event.lora_name, salt, size)
+            before = root = self.blocks.root(roots(f"\0{event.lora_id}" if unnamed else event.lora_name, salt, size))
         else:
-            known = self._fast.get(parent) or self._slow.get(parent)  # type: ignore[arg-type]
-            if known is None:
+            before = self._fast.get(parent) or self._slow.get(parent)
+            if before is None:
                 self.orphans += len(event.block_hashes)
                 return
-            key, salt = known, None
-        pieces = [table[token] for token in tokens]
-        generated = len(event.block_hashes) == 1 and not is_root
-        fast, blocks, bit, digest = self._fast, self.blocks, self.bit, xxh3_64_intdigest
+        generated = len(event.block_hashes) == 1 and parent is not None
+        fast, parts, bit, digest, link = self._fast, self.blocks.parts, self.bit, xxh3_64_intdigest, self.blocks.link
+        end = 0
         for number, name in enumerate(event.block_hashes):
-            data = b"".join(pieces[number * size : (number + 1) * size])
-            before = key
+            start, end = end, end + size
+            data = b"".join(pieces[start:end])
+            chained = before.key
             if extras is not None and number < len(extras) and extras[number] is not None:
-                before = _with_extras(key, extras[number], event.lora_name, salt if number == 0 else None)
-            key = digest(data, before)
-            held = fast.get(name)
-            if held is not None:
+                chained = _with_extras(chained, extras[number], event.lora_name, salt if number == 0 else None)
+            block = fast.get(name)
+            if block is not None:
                 self._copies[name] = self._copies.get(name, 0) + 1
             else:
-                fast[name] = key
-                if blocks.holders.get(key, 0) & bit:
+                key = digest(data, chained)
+                part = parts[key >> PART_SHIFT]
+                block = part.get(key)
+                if block is None:
+                    block = part[key] = Block(key, bit, 0, 0, generated)
+                elif block.holders & bit:
                     self._aliases[key] = self._aliases.get(key, 0) + 1
+                else:
+                    block.holders |= bit
+                fast[name] = block
             if not generated:
-                blocks.generated.discard(key)
-            elif key not in blocks.holders:
-                blocks.generated.add(key)
-            blocks.hold(before, key, len(data), bit, is_root=is_root and number == 0)
+                block.generated = False
+            if chained == before.key:  # no text leads to others
+                length = len(data)
+                if before.following != length:
+                    link(before, length)
+            if before is root and block.root is None:
+                block.root = root
+                root.uses += 1
+            before = block
+        if root is not None and not root.uses:
+            self.blocks.roots.pop(root.key, None)
         if len(fast) > self.limit:
             self._overflow()
 
@@ -340,25 +385,29 @@ class EngineCache:
             return
         if event.medium is not None and event.medium != FAST_MEDIUM:
             for name in event.block_hashes:
-                key = self._slow.pop(name, None)
-                if key is not None:
-                    self.blocks.drop_slow(key, self.bit)
+                self._drop_slow(name)
             return
+        copied = self._copies
         for name in event.block_hashes:
-            copies = self._copies.get(name)
+            copies = copied.get(name) if copied else None
             if copies is None:
                 self._drop(name)
             elif copies > 1:
-                self._copies[name] = copies - 1
+                copied[name] = copies - 1
             else:
-                del self._copies[name]
+                del copied[name]
 
     def clear(self) -> None:
         """It holds nothing."""
-        for key in self._fast.values():
-            self.blocks.drop(key, self.bit)
-        for key in self._slow.values():
-            self.blocks.drop_slow(key, self.bit)
+        others, forget = self._others, self.blocks.forget
+        for block in self._fast.values():
+            block.holders &= others
+            if not block.holders and not block.slow_holders:
+                forget(block)
+        for block in self._slow.values():
+            block.slow_holders &= others
+            if not block.holders and not block.slow_holders:
+                forget(block)
         self._fast.clear()
         self._copies.clear()
         self._aliases.clear()
@@ -376,28 +425,38 @@ class EngineCache:
     def _stored_slow(self, names: list[Hash]) -> None:
         """Offloading names blocks the engine has computed before."""
         for name in names:
-            key = self._fast.get(name)
-            if key is None:
+            block = self._fast.get(name)
+            if block is None:
                 self.orphans += name not in self._slow
             elif name not in self._slow:
-                self._slow[name] = key
-                self.blocks.hold_slow(key, self.bit)
+                self._slow[name] = block
+                block.slow_holders |= self.bit
         while len(self._slow) > self.limit:
             self.overflows += 1
-            oldest = next(iter(self._slow))
-            self.blocks.drop_slow(self._slow.pop(oldest), self.bit)
+            self._drop_slow(next(iter(self._slow)))
+
+    def _drop_slow(self, name: Hash) -> None:
+        block = self._slow.pop(name, None)
+        if block is not None:
+            block.slow_holders &= self._others
+            if not block.holders and not block.slow_holders:
+                self.blocks.forget(block)
 
     def _drop(self, name: Hash) -> None:
-        key = self._fast.pop(name, None)
-        if key is None:
+        block = self._fast.pop(name, None)
+        if block is None:
             return
-        others = self._aliases.get(key)
-        if others is None:
-            self.blocks.drop(key, self.bit)
-        elif others > 1:
-            self._aliases[key] = others - 1
-        else:
-            del self._aliases[key]
+        if self._aliases:
+            others = self._aliases.get(block.key)
+            if others is not None:
+                if others > 1:
+                    self._aliases[block.key] = others - 1
+                else:
+                    del self._aliases[block.key]
+                return
+        block.holders &= self._others
+        if not block.holders and not block.slow_holders:
+            self.blocks.forget(block)
 
     def _overflow(self) -> None:
         """An engine that never removes anything does not take the router's memory."""

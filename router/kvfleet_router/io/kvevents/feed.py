@@ -1,8 +1,9 @@
 """One publisher followed: a SUB socket, and a DEALER for each replay, read as file descriptors of the event loop.
 
-ZMQ's file descriptor only tells that something may have changed: each time, messages are read until there are none, but for
-no longer than BUDGET_S in one turn of the loop, all feeds together, so that requests are not kept waiting. The socket's monitor
-tells when a connection was made: from then on the publisher may be another process (see core/kvevents/stream.py).
+ZMQ's file descriptor only tells that something may have changed: each time, messages are read until there are none. All feeds
+together take at most BUDGET_S of one turn of the loop, so that requests are not kept waiting, and among themselves take
+turns of a few messages, so that one with much to tell does not let the others' queues run over (`Turns`). The socket's
+monitor tells when a connection was made: from then on the publisher may be another process (see core/kvevents/stream.py).
 
 Nothing that comes is trusted: message sizes and queues are bounded, and what has not the form of a batch is counted.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable
 
 import zmq
@@ -20,6 +22,8 @@ from kvfleet_router.core.kvevents.stream import Stream
 from kvfleet_router.core.kvevents.wire import MAX_PAYLOAD_BYTES
 
 BUDGET_S = 0.002
+SLICE_MESSAGES = 4
+"""That a feed reads before it is the next one's turn."""
 QUEUE_MESSAGES = 4096
 REPLAY_TIMEOUT_S = 3.0
 """Without a message of the answer."""
@@ -29,34 +33,53 @@ SEQUENCE_BYTES = 8
 _CONNECTED = zmq.Event.HANDSHAKE_SUCCEEDED
 
 
-class Turn:
-    """What all feeds together may take of one turn of the event loop."""
+class Turns:
+    """Who has something to read, in the order in which they said so. Use within a running event loop."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._until: float | None = None
+        self._waiting: deque[Callable[[], bool]] = deque()
+        self._known: set[Callable[[], bool]] = set()
+        self._scheduled = False
 
-    def left(self) -> bool:
-        """Whether there is time left; the first to ask begins the turn."""
-        now = time.perf_counter()
-        if self._until is None:
-            self._until = now + BUDGET_S
-            self._loop.call_soon(self._end)
-        return now < self._until
+    def want(self, read: Callable[[], bool]) -> None:
+        """Let `read` have a turn soon. It reads a slice and returns whether there may be more. Descriptors say so again and
+        again until all is read: that counts once."""
+        if read not in self._known:
+            self._known.add(read)
+            self._waiting.append(read)
+            self._schedule()
 
-    def _end(self) -> None:
-        self._until = None
+    def _schedule(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._run)
+
+    def _run(self) -> None:
+        self._scheduled = False
+        waiting, until = self._waiting, time.perf_counter() + BUDGET_S
+        try:
+            while waiting:
+                read = waiting.popleft()
+                self._known.discard(read)
+                if read():
+                    self.want(read)
+                if time.perf_counter() >= until:
+                    break
+        finally:  # also where one raised: the others go on
+            if waiting:
+                self._schedule()
 
 
 class Feed:
     """Use within a running event loop; `close` ends it."""
 
     def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], turn: Turn, stream: Stream, events_url: str,
+        self, context: zmq.Context[zmq.Socket[bytes]], turns: Turns, stream: Stream, events_url: str,
         replay_url: str | None, on_malformed: Callable[[], None],
     ) -> None:  # fmt: skip
         """Raises ValueError where a URL is none."""
-        self._turn = turn
+        self._turns = turns
         self._context = context
         self._stream = stream
         self._replay_url = replay_url
@@ -65,8 +88,6 @@ class Feed:
         self._replay: zmq.Socket[bytes] | None = None
         self._deadline: asyncio.TimerHandle | None = None
         self._closed = False
-        self._later: set[Callable[[], None]] = set()
-        """Who has more to read than this turn had time for."""
         self._events = self._socket(zmq.SUB)
         self._events.subscribe(b"")
         self._monitor = self._events.get_monitor_socket(int(_CONNECTED))
@@ -92,7 +113,7 @@ class Feed:
 
     # -- what is published ------------------------------------------------------------------------------------------------
 
-    def _hear(self) -> None:
+    def _hear(self) -> bool:
         stream = self._stream
 
         def take(frames: list[bytes]) -> None:
@@ -101,16 +122,18 @@ class Feed:
             else:
                 self._on_malformed()
 
-        self._read(self._events, take, self._hear)
+        read = self._read(self._events, take)
         self._ask_if_wanted()
+        return read == SLICE_MESSAGES
 
-    def _watch(self) -> None:
+    def _watch(self) -> bool:
         def take(frames: list[bytes]) -> None:
             if parse_monitor_message(frames)["event"] == _CONNECTED:
                 self._stream.connected()
 
-        self._read(self._monitor, take, self._watch)
+        read = self._read(self._monitor, take)
         self._ask_if_wanted()
+        return read == SLICE_MESSAGES
 
     # -- replays ----------------------------------------------------------------------------------------------------------
 
@@ -130,10 +153,10 @@ class Feed:
         self._add(socket, self._hear_replay)
         self._wait()
 
-    def _hear_replay(self) -> None:
+    def _hear_replay(self) -> bool:
         socket = self._replay
         if socket is None:
-            return
+            return False
         ended = False
 
         def take(frames: list[bytes]) -> None:
@@ -146,10 +169,12 @@ class Feed:
             else:
                 self._on_malformed()
 
-        if self._read(socket, take, self._hear_replay):
-            self._wait()
+        read = self._read(socket, take)
         if ended:
             self._replay_over(ok=True)
+        elif read:
+            self._wait()
+        return read == SLICE_MESSAGES
 
     def _wait(self) -> None:
         if self._deadline is not None:
@@ -184,39 +209,21 @@ class Feed:
         socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
         return socket
 
-    def _add(self, socket: zmq.Socket[bytes], read: Callable[[], None]) -> None:
-        self._loop.add_reader(_descriptor(socket), self._ready, read)
-        self._loop.call_soon(read)  # what came before the reader was there is not told again
+    def _add(self, socket: zmq.Socket[bytes], read: Callable[[], bool]) -> None:
+        self._loop.add_reader(_descriptor(socket), self._turns.want, read)
+        self._turns.want(read)  # what came before the reader was there is not told again
 
-    def _read(self, socket: zmq.Socket[bytes], take: Callable[[list[bytes]], None], again: Callable[[], None]) -> bool:
-        """Read all there is, or go on later. Returns whether there was something."""
-        if self._closed or socket.closed:
-            return False
-        any_read = False
-        while self._turn.left():
+    def _read(self, socket: zmq.Socket[bytes], take: Callable[[list[bytes]], None]) -> int:
+        """Read a slice of what there is. Returns how many messages: fewer than a slice where that was all."""
+        count = 0
+        while count < SLICE_MESSAGES and not self._closed and not socket.closed:
             try:
                 frames = socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return any_read
-            except zmq.ZMQError:
-                return any_read
-            any_read = True
+            except zmq.ZMQError:  # none is left (zmq.Again), or the socket fails
+                break
+            count += 1
             take(frames)
-            if self._closed or socket.closed:
-                return any_read
-        if again not in self._later:
-            self._later.add(again)
-            self._loop.call_soon(self._go_on, again)
-        return any_read
-
-    def _go_on(self, read: Callable[[], None]) -> None:
-        self._later.discard(read)
-        read()
-
-    def _ready(self, read: Callable[[], None]) -> None:
-        """The descriptor says so, turn after turn, until all is read: what is to go on later does so once."""
-        if read not in self._later:
-            read()
+        return count
 
 
 def _descriptor(socket: zmq.Socket[bytes]) -> int:

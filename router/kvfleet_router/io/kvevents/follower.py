@@ -23,7 +23,7 @@ from kvfleet_router.core.kvevents.stream import Counts
 from kvfleet_router.core.kvevents.view import MAX_RANKS, Engine, ModelView, WorkerView
 from kvfleet_router.core.pool import Pool
 from kvfleet_router.io.files import WatchedFiles
-from kvfleet_router.io.kvevents.feed import Feed, Turn
+from kvfleet_router.io.kvevents.feed import Feed, Turns
 from kvfleet_router.io.kvevents.tokenizers import FILES, read_view
 
 log = logging.getLogger("kvfleet.router")
@@ -75,7 +75,7 @@ class Follower:
         self._models: dict[tuple[str, str], _Model] = {}
         self._followed: dict[Worker, _Followed] = {}
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
-        self._turn: Turn
+        self._turns: Turns
         self._closed = False
 
     async def run(self) -> None:
@@ -210,12 +210,12 @@ class Follower:
         held = WorkerView(view, engines)
         followed = _Followed(worker, view, (events_url, replay_url), held)
         if self._context is None:
-            self._context, self._turn = zmq.Context(), Turn()
+            self._context, self._turns = zmq.Context(), Turns()
         try:
             for engine in engines:
                 feed = Feed(
                     self._context,
-                    self._turn,
+                    self._turns,
                     engine.stream,
                     _of_rank(events_url, engine.rank),
                     None if replay_url is None else _of_rank(replay_url, engine.rank),
