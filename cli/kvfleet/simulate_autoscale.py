@@ -47,12 +47,18 @@ class Scaler:
         self._spec = AutoscalingSpec.model_validate({"minReplicas": 1, "maxReplicas": total, "forecast": forecast})
         self._ttft_slo_s, self._target, self._startup_s = ttft_slo_s, target, startup_s
         self._autoscaler = Autoscaler()
+        self._leaving: dict[str, int] = {}
 
     def wanted(self, pools: Sequence[PoolView], now_s: float) -> Mapping[str, int]:
         steps = [self._step(pool, len(pools)) for pool in pools]
         results = self._autoscaler.step(steps, now_s)
         wanted = {pool.name: results[pool.name].decision.desired for pool in pools}
+        if self._target is None:  # HPA tells nobody
+            self._leaving = {pool.name: results[pool.name].decision.leaving for pool in pools}
         return {pool.name: min(wanted[pool.name], pool.total) for pool in pools}
+
+    def leaving(self) -> Mapping[str, int]:
+        return self._leaving
 
     def _step(self, pool: PoolView, pools: int) -> PoolStep:
         busy = pool.in_flight + pool.held / pools

@@ -43,11 +43,13 @@ ROUTER: Final = ResourceType(GROUP, VERSION, "FleetRouter", "fleetrouters")
 OWN: Final = (PROFILE, POOL, POLICY, ROUTER)
 """The four kinds."""
 
+CONFIG_MAP: Final = ResourceType("", "v1", "ConfigMap", "configmaps")
+
 CHILDREN: Final = (
     ResourceType("", "v1", "ServiceAccount", "serviceaccounts"),
     ResourceType("rbac.authorization.k8s.io", "v1", "Role", "roles"),
     ResourceType("rbac.authorization.k8s.io", "v1", "RoleBinding", "rolebindings"),
-    ResourceType("", "v1", "ConfigMap", "configmaps"),
+    CONFIG_MAP,
     ResourceType("", "v1", "Service", "services"),
     ResourceType("policy", "v1", "PodDisruptionBudget", "poddisruptionbudgets"),
     ResourceType("apps", "v1", "Deployment", "deployments"),

@@ -2,7 +2,8 @@
 
 Every `period_s` a Controller sees its pools and answers how many workers each should have. What it adds starts: it draws idle
 power for the start-up time, takes no requests, and comes with an empty cache. What it takes away drains, then is off and
-draws `off_watts`. Workers that start go first, then those with the fewest requests, of those the one idle for longest.
+draws `off_watts`. Workers that start go first, then those that routers were told to spare, then those with the fewest requests,
+of those the one idle for longest.
 
 `Parking` is the controller of a fleet without an autoscaler: workers that were idle for long enough are switched off, and
 one is started when those that are on are loaded. The two are apart, in time and in load, so that restarts stay rare.
@@ -56,6 +57,9 @@ class Controller(Protocol):
     def wanted(self, pools: Sequence[PoolView], now_s: float) -> Mapping[str, int]:
         """Workers wanted now, by pool; pools left out stay as they are."""
 
+    def leaving(self) -> Mapping[str, int]:
+        """Of those last wanted, workers that are likely to go soon, by pool: the routers are told to spare them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Elastic:
@@ -76,6 +80,9 @@ class Parking:
         self._idle_s, self._wake_load, self._keep = idle_s, wake_load, keep
         self._woken_s = -math.inf
         self.period_s = period_s
+
+    def leaving(self) -> Mapping[str, int]:
+        return {}  # an idle worker is what it waits for
 
     def wanted(self, pools: Sequence[PoolView], now_s: float) -> Mapping[str, int]:
         on = sum(pool.wanted for pool in pools)

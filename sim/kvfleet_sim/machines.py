@@ -33,6 +33,7 @@ class Machine:
         "_spent_joules",
         "_spent_s",
         "begins_s",
+        "draining",
         "due_s",
         "endpoint",
         "engine",
@@ -57,6 +58,8 @@ class Machine:
         self.due_s = math.inf
         self.power = Power.ON
         self.starts = 0
+        self.draining = False
+        """Routers spare it, for it is likely to be taken away soon."""
         self.begins_s = math.inf
         """When it will be on, while it starts."""
         self._since_s = 0.0  # when its present state began

@@ -31,9 +31,13 @@ class Shifts:
         """Ask the controller and do as it says; returns the machines that start now. `served`: requests by worker."""
         starting: list[Machine] = []
         views = [self._view(name, machines, served, now_s) for name, machines in self._pools.items()]
-        for name, wanted in elastic.controller.wanted(views, now_s).items():
+        decided = elastic.controller.wanted(views, now_s)
+        for name, wanted in decided.items():
             starting += scale(self._pools[name], wanted, now_s, elastic.startup_s)
-            self._tell(name)
+        leaving = elastic.controller.leaving()
+        for name, machines in self._pools.items():
+            if spare(machines, leaving.get(name, 0), now_s) or name in decided:
+                self._tell(name)
         return starting
 
     def began(self, machine: Machine, now_s: float) -> None:
@@ -81,10 +85,34 @@ class Shifts:
 def roster(machines: Sequence[Machine]) -> list[WorkerEndpoint]:
     """The endpoints a router would see of these workers."""
     return [
-        WorkerEndpoint(machine.name, machine.endpoint.url, terminating=machine.power is Power.LEAVING)
+        WorkerEndpoint(
+            machine.name, machine.endpoint.url, terminating=machine.power is Power.LEAVING, draining=machine.draining
+        )
         for machine in machines
         if machine.power in (Power.ON, Power.LEAVING)
     ]
+
+
+def _least_to_lose(machines: Sequence[Machine], now_s: float) -> list[Machine]:
+    return sorted(
+        machines,
+        key=lambda machine: (
+            not machine.draining,
+            machine.engine.num_running + machine.engine.num_waiting,
+            -machine.idle_s_at(now_s),
+        ),
+    )
+
+
+def spare(machines: Sequence[Machine], count: int, now_s: float) -> bool:
+    """Routers shall spare `count` of the pool's workers, those that would go first. True: these are others than before."""
+    on = [machine for machine in machines if machine.power is Power.ON]
+    spared = set(_least_to_lose(on, now_s)[:count])
+    changed = False
+    for machine in machines:
+        changed = changed or machine.draining != (machine in spared)
+        machine.draining = machine in spared
+    return changed
 
 
 def scale(machines: Sequence[Machine], wanted: int, now_s: float, startup_s: float) -> list[Machine]:
@@ -103,11 +131,7 @@ def scale(machines: Sequence[Machine], wanted: int, now_s: float, startup_s: flo
         for machine in starting:
             machine.start(now_s, startup_s)
         return starting
-    order = sorted(
-        by_power[Power.ON],
-        key=lambda machine: (machine.engine.num_running + machine.engine.num_waiting, -machine.idle_s_at(now_s)),
-    )
-    for machine in [*reversed(by_power[Power.STARTING]), *order][:-missing]:
+    for machine in [*reversed(by_power[Power.STARTING]), *_least_to_lose(by_power[Power.ON], now_s)][:-missing]:
         machine.leave(now_s)
         if machine.power is Power.LEAVING and not machine.engine.has_work:
             machine.stop(now_s)

@@ -1,12 +1,14 @@
 """The autoscaler at work: an operator, an API server, a router's metrics; what becomes of `replicas` and the status."""
 
 import asyncio
+import json
 from urllib.parse import parse_qsl
 
 import pytest
 from operator_running import poll, reason, running
 from scaling_fleet import Router, listening, put_fleet, replicas, worker_pod
 
+from kvfleet_api.fleetconfig import DRAINING_ANNOTATION
 from kvfleet_operator.autoscale.readers.prometheus import PrometheusSettings
 from kvfleet_operator.autoscale.victims import DELETION_COST
 from kvfleet_operator.scaling.loop import ScalerOptions
@@ -95,6 +97,35 @@ async def test_victims_are_marked_before_a_scale_down(cluster, login, make, rout
     order = [write[1:] for write in cluster.writes]
     last = max(index for index, write in enumerate(order) if write == ("deployments", "llama-workers"))
     assert ("pods", "c") in order[:last]
+
+
+async def test_routers_are_told_who_will_go_before_and_nobody_once_it_is_over(cluster, login, make, router):
+    window = {"behavior": {"scaleDown": {"stabilizationWindowSeconds": 4}, "scaleUp": {}}}
+
+    def spared():
+        told = (cluster.get("ConfigMap", "router")["metadata"].get("annotations") or {}).get(DRAINING_ANNOTATION)
+        return None if told is None else json.loads(told)["llama"]["workers"]
+
+    async with running(login, scaling=FAST):
+        put_fleet(cluster, make, router.port, **window)
+        router.in_flight = 30
+        router.workers = {"a": (9, 0), "b": (1, 5000), "c": (1, 100)}
+        for name in router.workers:
+            cluster.put(worker_pod(name))
+        await cluster.until(lambda: replicas(cluster) == 3)
+        cluster.roll_out("llama-workers")
+        assert spared() is None
+        router.in_flight = 11
+        before = len(cluster.writes)
+        await cluster.until(lambda: spared() == ["c"])
+        router.workers["a"] = (0, 0)  # by now it has less to lose
+        await cluster.until(lambda: replicas(cluster) == 2)
+        assert (cluster.get("Pod", "c")["metadata"].get("annotations") or {}).get(DELETION_COST) == "-1001"
+        await cluster.until(lambda: spared() is None)
+        data = cluster.get("ConfigMap", "router")["data"]
+    assert set(data) == {"fleet.json"}
+    order = [write[1:] for write in cluster.writes[before:]]
+    assert order.index(("configmaps", "router")) < order.index(("deployments", "llama-workers"))
 
 
 async def test_an_idle_pool_goes_to_zero_and_a_held_request_wakes_it_between_two_rounds(cluster, login, make, router):

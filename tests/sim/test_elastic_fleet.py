@@ -17,7 +17,7 @@ from kvfleet_sim.elastic import Elastic, Parking, PoolView
 from kvfleet_sim.engine import Engine
 from kvfleet_sim.fleet import simulate
 from kvfleet_sim.machines import Machine, Power
-from kvfleet_sim.shifts import scale
+from kvfleet_sim.shifts import roster, scale, spare
 
 
 class Scripted:
@@ -28,10 +28,14 @@ class Scripted:
     def __init__(self, *wanted: int) -> None:
         self.script = list(wanted)
         self.seen: list[PoolView] = []
+        self.spared: dict[str, int] = {}
 
     def wanted(self, pools: Sequence[PoolView], now_s: float) -> Mapping[str, int]:
         self.seen += pools
         return {pools[0].name: self.script.pop(0) if len(self.script) > 1 else self.script[0]}
+
+    def leaving(self) -> Mapping[str, int]:
+        return self.spared
 
 
 def run(controller: Scripted | Parking, workers: int, load: list, *, startup_s: float = 2.5, off_watts: float = 0.0):
@@ -127,3 +131,28 @@ def test_the_same_load_is_as_many_packed_sequences_on_few_workers_as_on_many():
     (few_in_flight, few_packed), (many_in_flight, many_packed) = means
     assert many_in_flight < 0.7 * few_in_flight
     assert many_packed == pytest.approx(few_packed, rel=0.1)
+
+
+def test_who_is_to_go_soon_gets_nothing_new_and_is_the_one_that_goes():
+    controller = Scripted(3, 3, 3, 3, 3, 2)
+    controller.spared = {"a": 1}
+    config, load = small_fleet(3, strategy="least_request"), steady_load(160, 0.05)
+    result = simulate(config, load, model=MODEL, block_tokens=BLOCK_TOKENS, elastic=Elastic(controller))
+    assert result.completed.all()
+    counts = sorted(result.requests_by_worker.values())
+    assert counts[0] < counts[1] / 3, "after the first second it got none"
+
+
+def test_a_worker_that_is_spared_serves_again_when_it_is_called_off():
+    machines = [
+        Machine(WorkerEndpoint(f"w{n}", f"http://w{n}"), small_fleet().pools[0], lambda start_s: Engine(cost_model()))
+        for n in range(3)
+    ]
+    assert spare(machines, 1, 1.0)
+    (spared,) = [machine for machine in machines if machine.draining]
+    assert [endpoint.draining for endpoint in roster(machines)].count(True) == 1
+    assert not spare(machines, 1, 2.0), "the same one"
+    scale(machines, 2, 3.0, 1.0)
+    assert spared.power is Power.OFF
+    assert spare(machines, 0, 4.0)
+    assert not any(machine.draining for machine in machines)

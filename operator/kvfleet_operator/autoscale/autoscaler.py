@@ -125,7 +125,7 @@ def _forecast_floor(pool: PoolStep, forecast: Forecast) -> Floor:
 
 def _asleep(decision: Decision, pool: PoolStep, idle_for_s: float) -> Decision:
     message = f"no request for {idle_for_s:.0f} s; goes from {pool.workers.wanted} to 0"
-    return replace(decision, desired=0, reason="Idle", message=message, held_back_by=None)
+    return replace(decision, desired=0, reason="Idle", message=message, held_back_by=None, leaving=0)
 
 
 def _rationed(pools: Sequence[PoolStep], results: Mapping[str, PoolResult], budget: Budget) -> dict[str, PoolResult]:

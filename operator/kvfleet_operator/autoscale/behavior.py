@@ -118,6 +118,11 @@ class ScalerState:
         downs = [entry.replicas for entry in self.highs if entry.at_s > now_s - behavior.down_window_s]
         return min(max(current, min([wish, *ups])), max([wish, *downs]))
 
+    def unneeded(self, current: int, now_s: float, behavior: Behavior) -> int:
+        """Workers without which every recommendation of the later half of the scale-down window would have done."""
+        later_s = now_s - behavior.down_window_s / 2
+        return max(current - max((entry.replicas for entry in self.highs if entry.at_s > later_s), default=current), 0)
+
     def start_replicas(self, current: int, period_s: int, now_s: float) -> int:
         """Workers at the beginning of a period."""
         return current - sum(entry.replicas for entry in self.changes if entry.at_s > now_s - period_s)

@@ -70,6 +70,8 @@ class Decision:
     """What keeps the pool from that wish."""
     blind: str | None = None
     """What is wrong with the signals that could not be used in full."""
+    leaving: int = 0
+    """Of the workers desired, those that are likely to go once the scale-down window is over: better not filled any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,17 +105,22 @@ def decide(
     desired = min(max(moved, _lowest(spec, floor, workers)), spec.max_replicas)
     steps = _Steps(workers.wanted, wish, asked, stable, moved, desired)
     reason, held_back_by = _explain(steps, spec, floor, blind, behavior)
+    after = state.recommended(asked, now_s, behavior, blind=held)
+    leaving = 0 if desired > workers.wanted else after.unneeded(desired, now_s, behavior)
+    if behavior.down.select_policy == "Disabled":
+        leaving = 0
     return Decision(
         desired,
         reason,
         _message(steps, best, held_back_by),
-        state.recommended(asked, now_s, behavior, blind=held),
+        after,
         binding_signal=best.reading.signal if best else None,
         value=best.reading.value if best else None,
         target=best.reading.target if best else None,
         wish=wish,
         held_back_by=held_back_by,
         blind=blind,
+        leaving=max(min(leaving, desired - _lowest(spec, floor, workers)), 0),
     )
 
 

@@ -1,6 +1,6 @@
 """Which workers go first when a pool shrinks: those with the least to lose.
 
-Order: fewest requests in flight, then least cache value (what its cached tokens would cost to prefill again), then the
+Order: those that the routers were told to spare already, then fewest requests in flight, then least cache value (what its cached tokens would cost to prefill again), then the
 youngest, then the name. The choice is handed to the ReplicaSet as the annotation
 `controller.kubernetes.io/pod-deletion-cost`: among ready pods the lowest goes first; pods that are not ready go before
 all others whatever their cost. Kubernetes asks not to update the annotation all the time, so only victims are marked,
@@ -32,14 +32,25 @@ class Candidate:
     created_at_s: float
     deletion_cost: str | None = None
     """The annotation it has now."""
+    spared: bool = False
+    """Routers were told to send it nothing new."""
 
 
 def choose_victims(candidates: Sequence[Candidate], count: int) -> list[str]:
     """The pods to go, first to go first: those not ready, as the ReplicaSet takes them anyway, then the cheapest."""
     order = sorted(
-        candidates, key=lambda pod: (pod.ready, pod.in_flight, pod.cache_value_s, -pod.created_at_s, pod.pod)
-    )
+        candidates,
+        key=lambda pod: (
+            pod.ready, not pod.spared, pod.in_flight, pod.cache_value_s, -pod.created_at_s, pod.pod
+        ),
+    )  # fmt: skip
     return [candidate.pod for candidate in order[: max(count, 0)]]
+
+
+def highest_indices(pods: Sequence[str], count: int) -> list[str]:
+    """The leaders that a LeaderWorkerSet removes: those with the highest number at the end of their name."""
+    numbered = [(int(index), pod) for pod in pods if (index := pod.rpartition("-")[2]).isdecimal()]
+    return [pod for _, pod in sorted(numbered, reverse=True)[: max(count, 0)]]
 
 
 def deletion_costs(candidates: Sequence[Candidate], count: int) -> Mapping[str, str | None]:

@@ -3,6 +3,7 @@
 `replicas` is written with a field manager of its own, and only onto the very state that was judged: if a router woke the
 pool meanwhile, or somebody scaled it by hand, the write is refused and the next round judges anew. Pods are marked right
 before a write that lowers `replicas` (`autoscale.victims`); a mark that cannot be written costs a better choice, no more.
+Before that, once they are likely to go, the routers are told to send them nothing new (`sparing`).
 """
 
 from __future__ import annotations
@@ -13,19 +14,21 @@ from datetime import datetime
 from typing import Any, Final
 
 from kvfleet_api.common import Condition
+from kvfleet_api.fleetconfig import DRAINING_ANNOTATION
 from kvfleet_api.modelpool import AutoscalingStatus
 from kvfleet_operator.api import ApiError, KubeApi
 from kvfleet_operator.autoscale import report
 from kvfleet_operator.autoscale.autoscaler import PoolResult
 from kvfleet_operator.autoscale.expressions import Samples
 from kvfleet_operator.autoscale.readers.routers import RouterReader
-from kvfleet_operator.autoscale.victims import DELETION_COST, Candidate, deletion_costs
-from kvfleet_operator.reconcile import conditions
+from kvfleet_operator.autoscale.victims import DELETION_COST, Candidate, choose_victims, deletion_costs, highest_indices
+from kvfleet_operator.reconcile import conditions, names
 from kvfleet_operator.reconcile.conditions import Finding
 from kvfleet_operator.reconcile.names import SCALER
 from kvfleet_operator.reconcile.plan import Manifest
-from kvfleet_operator.resources import BY_KIND, POD, POOL, pod_address, unix_s
+from kvfleet_operator.resources import BY_KIND, CONFIG_MAP, POD, POOL, pod_address, unix_s
 from kvfleet_operator.scaling.pools import ScaledPool
+from kvfleet_operator.scaling.sparing import Spared
 from kvfleet_operator.statuses import StatusWriter, rfc3339
 from kvfleet_operator.world import World
 
@@ -40,9 +43,11 @@ class Effects:
         self._world = world
         self._statuses = statuses
         self._routers = routers
+        self._spared = Spared()
 
     async def bring_about(self, pool: ScaledPool, result: PoolResult, now: datetime) -> bool:
         """Scale and report. True where `replicas` was written. Raises ApiError."""
+        await self._spare(pool, result, now)
         scaled = await self._scale(pool, result, now)
         await self._report(pool, result, scaled, now)
         return scaled
@@ -58,7 +63,7 @@ class Effects:
         if desired == current:
             return False
         if desired < current and pool.workload["kind"] == "Deployment":
-            await self._mark_victims(pool, current - desired)
+            await self._mark_victims(pool, current - desired, now)
         if not await self._write_replicas(pool, desired):
             return False
         logger.info("%s: %s", pool.name, result.decision.message)
@@ -101,15 +106,37 @@ class Effects:
             live = fresh
         return False
 
-    async def _mark_victims(self, pool: ScaledPool, count: int) -> None:
+    async def _spare(self, pool: ScaledPool, result: PoolResult, now: datetime) -> None:
+        """Tell the routers who is to go now or soon, where that changed."""
+        going = max(pool.workers.wanted - result.decision.desired, 0) + result.decision.leaving
+        namespace, now_s = pool.scope.namespace, now.timestamp()
         try:
-            candidates = await self._candidates(pool)
+            victims = await self._to_go(pool, going, now) if going else []
+            if not self._spared.want(namespace, pool.scope.pool, victims, now_s):
+                return
+            told = {DRAINING_ANNOTATION: self._spared.annotation(namespace, now_s)}
+            for router in self._world.routers(namespace):
+                await self._api.annotate(CONFIG_MAP, namespace, names.bounded(router.metadata.name), told)
+        except ApiError as error:
+            self._spared.forget(namespace, pool.scope.pool)
+            logger.warning("%s: the routers could not be told which workers will go: %s", pool.name, error)
+
+    async def _to_go(self, pool: ScaledPool, count: int, now: datetime) -> list[str]:
+        candidates = await self._candidates(pool, now)
+        if pool.workload["kind"] == "Deployment":
+            return choose_victims(candidates, count)
+        return highest_indices([candidate.pod for candidate in candidates], count)
+
+    async def _mark_victims(self, pool: ScaledPool, count: int, now: datetime) -> None:
+        try:
+            candidates = await self._candidates(pool, now)
             for name, cost in deletion_costs(candidates, count).items():
                 await self._api.annotate(POD, pool.scope.namespace, name, {DELETION_COST: cost})
         except ApiError as error:
             logger.warning("%s: workers to go could not be marked, Kubernetes chooses: %s", pool.name, error)
 
-    async def _candidates(self, pool: ScaledPool) -> list[Candidate]:
+    async def _candidates(self, pool: ScaledPool, now: datetime) -> list[Candidate]:
+        spared = self._spared.of(pool.scope.namespace, pool.scope.pool, now.timestamp())
         pages = await self._routers.samples(pool.router_urls, {WORKER_IN_FLIGHT, WORKER_CACHED_TOKENS})
         in_flight = _by_worker(pages, WORKER_IN_FLIGHT, pool.scope.pool, sum)
         cached = _by_worker(pages, WORKER_CACHED_TOKENS, pool.scope.pool, max)
@@ -128,6 +155,7 @@ class Effects:
                     cached.get(name, 0.0) * prefill_s_per_token,
                     unix_s(metadata.get("creationTimestamp")) or 0.0,
                     (metadata.get("annotations") or {}).get(DELETION_COST),
+                    spared=name in spared,
                 )
             )
         return found

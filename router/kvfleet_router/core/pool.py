@@ -144,6 +144,7 @@ class Pool:
         prompt = self.stats.mean_prompt_tokens
         own = self.prefill_factor * self.cost.prefill_s(prompt * (1.0 - cached_share), prompt)
         ready = [worker for worker in self.workers.values() if worker.assignable]
+        ready = [worker for worker in ready if not worker.endpoint.draining] or ready  # nothing comes to the others
         waits = [backlog_s(worker, now) + worker.inflation * own + worker.step_now_s for worker in ready]
         return min(waits, default=own + self.step_s)
 

@@ -3,7 +3,8 @@
 A Lane is one policy for one model: the pools of the policy that serve the model, by tier. `Routes.find` returns the lane
 of the first policy (in the configuration's order) whose match fits; `Lane.candidates` the usable workers of the lowest
 tier that has any. A worker is usable if it is ready and not leaving, its circuit closed (on probation: idle), below the
-policy's limit of requests in flight, and has not failed this request before. When none is usable, `Lane.last_resort` says
+policy's limit of requests in flight, and has not failed this request before. Those that the autoscaler is about to take away
+(`draining`) are used only where none of the others is usable. When none is usable, `Lane.last_resort` says
 whether to wait, to try one that failed, or to give up.
 """
 
@@ -36,13 +37,22 @@ Tier = list[tuple["Pool", int]]
 class Candidates:
     """Workers to choose from, in the shapes that scoring wants."""
 
-    __slots__ = ("guarded", "mask", "slots", "workers")
+    __slots__ = ("guarded", "mask", "slots", "staying", "workers")
 
     def __init__(self, workers: Iterable[Worker]) -> None:
         self.workers = tuple(workers)
         self.slots = np.array([worker.cache.slot for worker in self.workers], dtype=np.intp)
         self.guarded = any(worker.breaker.on_probation for worker in self.workers)
         self.mask = sum(worker.cache.bit for worker in self.workers)
+        self.staying = self
+        """Those of them that come first; by themselves, all."""
+
+    def without_draining(self) -> Candidates:
+        """The same, those first that the autoscaler does not want to take away."""
+        staying = [worker for worker in self.workers if not worker.endpoint.draining]
+        if 0 < len(staying) < len(self.workers):
+            self.staying = Candidates(staying)
+        return self
 
 
 class Lane:
@@ -114,7 +124,10 @@ class Lane:
             else:
                 groups = [[pool for pool, _ in pools]]
             for group in groups:
-                usable = self._usable(self._closed(group), arrival)
+                closed = self._closed(group)
+                usable = self._usable(closed.staying, arrival)
+                if usable is None and closed.staying is not closed:
+                    usable = self._usable(closed, arrival)
                 if usable is not None:
                     return usable
         return None
@@ -147,7 +160,7 @@ class Lane:
         if built is None or built[0] != self._fleet.version:
             workers = [worker for pool in pools for worker in pool.workers.values()]
             closed = Candidates(worker for worker in workers if worker.assignable and worker.breaker.open_until is None)
-            built = self._built[key] = (self._fleet.version, closed)
+            built = self._built[key] = (self._fleet.version, closed.without_draining())
         return built[1]
 
     def _usable(self, closed: Candidates, arrival: Arrival) -> Candidates | None:

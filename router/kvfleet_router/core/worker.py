@@ -49,6 +49,8 @@ class WorkerEndpoint:
     """`http://host:port` or `https://host:port`, no path."""
     ready: bool = True
     terminating: bool = False
+    draining: bool = False
+    """The autoscaler is about to take it away: it gets nothing new while another worker can have it."""
     kv_events_url: str | None = None
     """`tcp://host:port` where the engine publishes its KV events."""
     kv_replay_url: str | None = None

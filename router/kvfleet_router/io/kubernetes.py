@@ -21,15 +21,17 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from kvfleet_api.fleetconfig import FLEET_CONFIG_KEY, FleetConfig
+from kvfleet_api.fleetconfig import DRAINING_ANNOTATION, FLEET_CONFIG_KEY, FleetConfig
 from kvfleet_router.core.worker import WorkerEndpoint
 from kvfleet_router.io.config_source import ConfigRejected, ConfigSource, Sink, parse_config, read_config
 from kvfleet_router.io.kubernetes_access import Access, AccessError
+from kvfleet_router.io.kubernetes_drains import Drains
 from kvfleet_router.io.kubernetes_slices import SERVICE_LABEL, EndpointSlice, Readiness, workers
 from kvfleet_router.io.kubernetes_wake import Waker
 from kvfleet_router.io.kubernetes_watch import Contact, Metadata, Reflector, Timings
@@ -97,7 +99,8 @@ class KubernetesSource(ConfigSource):
         """Pool → its workers as the sink knows them."""
         self._readiness: dict[str, Readiness] = {}
         """By pool."""
-        self._doubt_ends: asyncio.TimerHandle | None = None
+        self._drains = Drains()
+        self._look_again: asyncio.TimerHandle | None = None
 
     @property
     def unready(self) -> str:
@@ -116,8 +119,8 @@ class KubernetesSource(ConfigSource):
                 self._group.create_task(self._configs.run())
                 self._group.create_task(self._waker.run(sink.pools_to_wake))
         finally:
-            if self._doubt_ends is not None:
-                self._doubt_ends.cancel()
+            if self._look_again is not None:
+                self._look_again.cancel()
 
     @property
     def _where(self) -> str:
@@ -127,6 +130,7 @@ class KubernetesSource(ConfigSource):
 
     def _config_map_changed(self) -> None:
         found = self._configs.objects.get(self._name)
+        self._take_drains((found.metadata.annotations or {}).get(DRAINING_ANNOTATION) if found else None)
         text = (found.data or {}).get(FLEET_CONFIG_KEY) if found else None
         if text is not None and text == self._text:
             return
@@ -138,6 +142,15 @@ class KubernetesSource(ConfigSource):
             self._offer(parse_config(text))
         except ConfigRejected as error:
             self._refuse(str(error))
+
+    def _take_drains(self, text: str | None) -> None:
+        try:
+            changed = self._drains.take(text, time.time())
+        except (ValueError, msgspec.DecodeError) as error:
+            log.warning("ConfigMap %s: annotation %s is not used: %s", self._where, DRAINING_ANNOTATION, error)
+            changed = True
+        if changed:
+            self._give()
 
     def _use_fallback(self) -> None:
         """The ConfigMap cannot be read: better the mounted copy than nothing."""
@@ -215,20 +228,25 @@ class KubernetesSource(ConfigSource):
                 continue
             readiness = self._readiness[pool.name]
             found = readiness.judge(workers(self._slices.objects.values(), pool.service), time.monotonic())
+            if draining := self._drains.of(pool.name, time.time()):
+                found = [replace(worker, draining=True) if worker.name in draining else worker for worker in found]
             if found != self._given.get(pool.name):
                 self._given[pool.name] = found
                 self._sink.take_endpoints(pool.name, found)
                 _log_workers(pool.name, found, readiness.doubted)
-        self._doubt_on()
+        self._look_again_later()
 
-    def _doubt_on(self) -> None:
-        """Look again when the next doubt ends."""
-        if self._doubt_ends is not None:
-            self._doubt_ends.cancel()
-        ends = [readiness.due for readiness in self._readiness.values() if readiness.due is not None]
-        delay_s = min(ends) - time.monotonic() if ends else None
+    def _look_again_later(self) -> None:
+        """When the next doubt or the next wish to drain a worker ends."""
+        if self._look_again is not None:
+            self._look_again.cancel()
+        doubts = [readiness.due for readiness in self._readiness.values() if readiness.due is not None]
+        ends = [due - time.monotonic() for due in doubts]
+        if (ends_in_s := self._drains.ends_in_s(time.time())) is not None:
+            ends.append(ends_in_s)
+        delay_s = min(ends, default=None)
         loop = asyncio.get_running_loop()
-        self._doubt_ends = None if delay_s is None else loop.call_later(delay_s, self._give)
+        self._look_again = None if delay_s is None else loop.call_later(delay_s, self._give)
 
     # Metrics
 
@@ -276,7 +294,7 @@ def _services(config: FleetConfig | None) -> frozenset[str]:
 
 def _log_workers(pool: str, found: Sequence[WorkerEndpoint], doubted: Sequence[str]) -> None:
     ready = sum(worker.ready and not worker.terminating for worker in found)
-    leaving = sum(worker.terminating for worker in found)
+    leaving = sum(worker.terminating or worker.draining for worker in found)
     log.info("pool %s: %d workers, %d of them ready, %d leaving", pool, len(found), ready, leaving)
     if doubted:
         log.warning(

@@ -62,6 +62,7 @@ class Metadata(msgspec.Struct):
     name: str = ""
     resource_version: str = msgspec.field(default="", name="resourceVersion")
     labels: dict[str, str] | None = None
+    annotations: dict[str, str] | None = None
 
 
 class KubernetesObject(Protocol):

@@ -349,3 +349,34 @@ def test_a_decision_explains_itself(value: float, wanted: int, words: str) -> No
     decision = once(spec(), [total(value)], 10)
     assert decision.desired == wanted
     assert words in decision.message
+
+
+def test_workers_are_on_their_way_out_once_half_a_window_could_do_without_them() -> None:
+    pool = Pool(spec(), 4)
+    told = [pool.tick(total(18)) for _ in range(20)]
+    assert [decision.leaving for decision in told] == [0] * 10 + [2] * 10
+    assert {decision.desired for decision in told} == {4}
+    assert pool.tick(total(18)).desired == 2
+    assert pool.tick(total(18)).leaving == 0, "they went"
+
+
+def test_one_higher_wish_calls_it_off_and_another_half_window_must_pass() -> None:
+    pool = Pool(spec(), 4)
+    for _ in range(15):
+        decision = pool.tick(total(18))
+    assert decision.leaving == 2
+    assert pool.tick(total(38)).leaving == 0
+    assert [pool.tick(total(18)).leaving for _ in range(11)] == [0] * 9 + [2] * 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "readings"),
+    [
+        ({"minReplicas": 4}, [total(1)]),
+        ({"behavior": {"scaleDown": {"selectPolicy": "Disabled"}}}, [total(1)]),
+        ({}, [total(1), reading(None, quality=Quality.STALE, signal="other")]),
+    ],
+)
+def test_nobody_is_on_the_way_out_who_could_not_go(fields: dict[str, Any], readings: list[Reading]) -> None:
+    pool = Pool(spec(**fields), 4)
+    assert {pool.tick(*readings).leaving for _ in range(30)} == {0}

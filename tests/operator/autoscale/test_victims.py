@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfleet_operator.autoscale.victims import Candidate, choose_victims, deletion_costs
+from kvfleet_operator.autoscale.victims import Candidate, choose_victims, deletion_costs, highest_indices
 
 
 def pod(name: str, **fields: Any) -> Candidate:
@@ -27,6 +27,16 @@ def test_least_in_flight_goes_first_then_least_cache_then_the_youngest() -> None
     assert choose_victims(pods, 5) == ["unready", "young", "old", "cached", "busy"]
     assert choose_victims(pods, 2) == ["unready", "young"]
     assert choose_victims(pods, -1) == []
+
+
+def test_who_gets_nothing_new_already_goes_first() -> None:
+    pods = [pod("idle"), pod("ending", in_flight=3, spared=True), pod("unready", ready=False)]
+    assert choose_victims(pods, 2) == ["unready", "ending"]
+
+
+def test_a_leaderworkerset_removes_its_highest_index() -> None:
+    assert highest_indices(["w-2", "w-10", "w-1", "odd", "w-x"], 2) == ["w-10", "w-2"]
+    assert highest_indices(["w-0"], -1) == []
 
 
 def test_only_victims_are_marked_and_the_first_has_the_lowest_cost() -> None:

@@ -115,3 +115,52 @@ def test_pools_at_zero_of_one_model_do_not_delay_another():
     assert isinstance(fleet.submit(model="b"), Ticket)
     fleet.dispatcher.set_endpoints("asleep", [WorkerEndpoint("w", "http://127.0.0.1:1")])
     assert fleet.called_back
+
+
+def drain(fleet, *names, count=2):
+    endpoints = [
+        WorkerEndpoint(f"pool-{n}", f"http://127.0.0.1:{8000 + n}", draining=f"pool-{n}" in names) for n in range(count)
+    ]
+    fleet.dispatcher.set_endpoints("pool", endpoints)
+
+
+@pytest.mark.parametrize("strategy", ["kvfleet", "lmetric", "least_request", "round_robin", "power_of_two"])
+def test_a_worker_that_is_to_be_taken_away_gets_nothing_new(strategy):
+    fleet = Fleet(workers=2, strategy=strategy)
+    drain(fleet, "pool-0")
+    assert {fleet.sent(tokens=100).worker.name for _ in range(12)} == {"pool-1"}
+    drain(fleet)
+    assert "pool-0" in {fleet.sent(tokens=100).worker.name for _ in range(12)}, "it was called off"
+
+
+def test_it_is_used_where_no_other_worker_can_have_the_request():
+    fleet = Fleet(workers=2, strategy="least_request", admission={"max_in_flight_per_worker": 1})
+    drain(fleet, "pool-0")
+    assert [fleet.sent().worker.name for _ in range(2)] == ["pool-1", "pool-0"]
+    failed = Fleet(workers=2)
+    drain(failed, "pool-0")
+    ticket = failed.sent()
+    assert failed.retry(ticket).worker.name == "pool-0"
+    everybody = Fleet(workers=2)
+    drain(everybody, "pool-0", "pool-1")
+    assert isinstance(everybody.submit(), Ticket)
+
+
+def test_neither_a_session_nor_a_cached_prompt_brings_a_request_to_it():
+    fleet = Fleet(workers=2)
+    first = fleet.sent(request(4000, prefix=1, tail=1, session_id="s"))
+    fleet.answer(first)
+    other = ({"pool-0", "pool-1"} - {first.worker.name}).pop()
+    assert fleet.sent(request(4000, prefix=1, tail=1, session_id="s")).worker.name == first.worker.name
+    drain(fleet, first.worker.name)
+    assert fleet.sent(request(4000, prefix=1, tail=1, session_id="s")).worker.name == other
+
+
+def test_an_idle_worker_that_gets_nothing_is_no_comfort_to_the_autoscaler():
+    """The predicted TTFT is that of the workers that get requests."""
+    fleet = Fleet(workers=2)
+    drain(fleet, "pool-0")
+    assert fleet.sent(request(8000)).worker.name == "pool-1"
+    spared = fleet.dispatcher.predicted_ttft_s("pool", 0.0)
+    drain(fleet)
+    assert fleet.dispatcher.predicted_ttft_s("pool", 0.0) < spared / 2
