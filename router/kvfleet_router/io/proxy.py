@@ -75,6 +75,7 @@ class Proxy:
         speed: float = 1.0,
     ) -> None:
         self.dispatcher = dispatcher
+        self.dispatcher_tick: Callable[[], float | None] = dispatcher.tick
         self.upstreams = upstreams
         self.metrics = metrics
         self.models = models
@@ -122,7 +123,7 @@ class Proxy:
         self._tick_timer = None
         wanted_s = None
         try:
-            wanted_s = self.dispatcher.tick()
+            wanted_s = self.dispatcher_tick()
         except Exception:
             log.exception("a tick failed; the next one comes all the same")
         self._schedule(MAX_TICK_S if wanted_s is None else wanted_s / self._speed)

@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from types import SimpleNamespace
 
 import pytest
 from scripted import STREAM_END, STREAM_HEAD, Bench, Seen, answer_ok, chat_body, chunk, event, eventually, fleet, post
@@ -188,11 +187,12 @@ async def test_ticks_come_at_the_earliest_time_asked_for(
     router = await bench.router(await bench.worker())
     ticks = 0
 
-    def tick() -> None:
+    def tick() -> float | None:
         nonlocal ticks
         ticks += 1
+        return None
 
-    router.proxy.dispatcher = SimpleNamespace(tick=tick)  # type: ignore[assignment]
+    router.proxy.dispatcher_tick = tick
     for delay_s in delays_s:
         router.proxy._schedule(delay_s)
     start = asyncio.get_running_loop().time()
@@ -211,7 +211,7 @@ async def test_a_tick_that_fails_is_not_the_last(bench: Bench, caplog: pytest.Lo
             raise RuntimeError("a fault")
         return tick()
 
-    router.proxy.dispatcher = SimpleNamespace(tick=failing)  # type: ignore[assignment]
+    router.proxy.dispatcher_tick = failing
     await eventually(lambda: failures >= 3)
     assert "a tick failed" in caplog.text
 

@@ -4,19 +4,25 @@ A worker is (load, cached share of the prompt in percent) and what else the form
 """
 
 import ast
+import copy
 import random
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from routing_fleet import Fleet, config, policy, request
+from routing_fleet import Fleet, config, policy, pool, request
 
 import kvfleet_router.policies
+from kvfleet_router.core.columns import Table
+from kvfleet_router.core.index import PrefixIndex
 from kvfleet_router.core.policy import RULED_OUT, RelativePolicy
+from kvfleet_router.core.pool import ModelStats, Pool
+from kvfleet_router.core.worker import Worker, WorkerEndpoint
 from kvfleet_router.policies import REGISTRY
 
 ROOT = Path(__file__).parents[3]
+POOL = Pool(pool(), ModelStats(), PrefixIndex(), 256, 0.05)
 PEERS = [
     "aibrix_preble",
     "aibrix_prefix_cache",
@@ -28,43 +34,58 @@ PEERS = [
 ]
 
 
+@dataclass
+class Placed:
+    """A worker, and the share of the prompt it has cached, in percent."""
+
+    worker: Worker
+    percent: float
+
+
 def worker(load=0, cached=0, *, name="w", tree=0, **figures):
-    """A worker that prefills 1000 tokens in 1 s, decodes a step in 10 ms, and holds 10,000 KV tokens."""
-    return SimpleNamespace(
-        **{
-            "name": name,
-            "in_flight": load,
-            "percent": cached,
-            "cache": range(tree),
-            "pending": 0,
-            "decoding": load,
-            "max_sequences": 10**6,
-            "pending_uncached_tokens": 0.0,
-            "kv_tokens": 10_000.0,
-            "kv_used_tokens": 0.0,
-            "backlog_s": 0.0,
-            "head_since": 0.0,
-            "head_prefill_s": 0.0,
-            "inflation": 1.0,
-            "step_now_s": 0.01,
-            "prefill_s_per_token": 0.001,
-            "prefill_s_per_token_pair": 0.0,
-            **figures,
-        }
-    )
+    """A worker that prefills 1000 tokens in 1 s, decodes a step in 10 ms, and holds 10,000 KV tokens; `tree`: blocks it caches."""
+    cache = PrefixIndex().add_worker(POOL.capacity_blocks)
+    cache.store(list(range(tree)), 0.0)
+    made = Worker(WorkerEndpoint(name, "http://127.0.0.1:8000"), POOL, cache, Table(), 0.0)
+    derived = {
+        "in_flight": load,
+        "pending": 0,
+        "decoding": load,
+        "max_sequences": 10**6,
+        "pending_uncached_tokens": 0.0,
+        "kv_tokens": 10_000.0,
+        "kv_used_tokens": 0.0,
+        "backlog_s": 0.0,
+        "head_since": 0.0,
+        "head_prefill_s": 0.0,
+        "inflation": 1.0,
+        "step_now_s": 0.01,
+        "prefill_s_per_token": 0.001,
+        "prefill_s_per_token_pair": 0.0,
+        **figures,
+    }
+    for figure, value in derived.items():
+        setattr(made, figure, value)
+    return Placed(made, cached)
+
+
+def arrival_of(blocks=(7,), output_tokens=100.0):
+    """A request of 1000 tokens."""
+    arrival = Fleet(config(policy())).sent(request(1000)).arrival
+    arrival.prompt_tokens = 1000.0
+    arrival.expected_output_tokens = output_tokens
+    arrival.blocks = list(blocks)
+    return arrival
+
+
+def scored(strategy, arrival, placed):
+    return strategy.score_all(arrival, [p.worker for p in placed], [p.percent * 10.0 for p in placed], 0.0)
 
 
 def costs(strategy, workers, *, blocks=(7,)):
     """Every worker's cost by part."""
-    arrival = SimpleNamespace(
-        received_tokens=0.0,
-        prompt_tokens=1000.0,
-        expected_output_tokens=100.0,
-        parsed=SimpleNamespace(sequences=1),
-        blocks=list(blocks),
-    )
     strategy = REGISTRY[strategy](policy())
-    scores = strategy.score_all(arrival, workers, [w.percent * 10.0 for w in workers], 0.0)
+    scores = scored(strategy, arrival_of(blocks), workers)
     assert all(len(score) == len(strategy.parts) for score in scores)
     return [dict(zip(strategy.parts, score, strict=True)) for score in scores]
 
@@ -186,7 +207,7 @@ def test_kubeai_prefix_hash_sends_equal_beginnings_to_one_worker_and_spreads_oth
     owners = Counter()
     for block in range(1000):
         (owner,) = winners("kubeai_prefix_hash", ring(0, 0, 0, 0), blocks=(block,))
-        assert winners("kubeai_prefix_hash", ring(0, 0, 0, 0), blocks=(block, "another tail")) == {owner}
+        assert winners("kubeai_prefix_hash", ring(0, 0, 0, 0), blocks=(block, 10**6)) == {owner}
         owners[owner] += 1
     assert all(180 < owners[n] < 330 for n in range(4)), owners
 
@@ -208,7 +229,7 @@ def test_kubeai_prefix_hash_moves_only_the_share_of_a_worker_that_leaves():
 def test_kubeai_prefix_hash_bounds_the_load(load, stays):
     (owner,) = winners("kubeai_prefix_hash", ring(0, 0, 0, 0))
     workers = ring(4, 4, 4, 4)
-    workers[owner].in_flight = load
+    workers[owner].worker.in_flight = load
     (chosen,) = winners("kubeai_prefix_hash", workers)
     assert (chosen == owner) == stays
     assert (costs("kubeai_prefix_hash", workers)[owner]["overload"] == 0.0) == stays
@@ -249,25 +270,22 @@ def test_peers_follow_a_cached_prefix(strategy):
 def test_a_policy_keeps_nothing_between_decisions(strategy):
     rng = random.Random(5)
     made = REGISTRY[strategy](policy())
-    before = dict(vars(made))
-    arrival = SimpleNamespace(
-        received_tokens=0.0,
-        prompt_tokens=1000.0,
-        expected_output_tokens=9.0,
-        parsed=SimpleNamespace(sequences=1),
-        blocks=[3],
-    )
+    before = state_of(made)
+    arrival = arrival_of([3], 9.0)
     for _ in range(20):
         workers = [worker(rng.randrange(100), rng.randrange(100), name=f"w{n}") for n in range(4)]
-        cached = [w.percent * 10.0 for w in workers]
-        once = made.score_all(arrival, workers, cached, 0.0)
-        assert made.score_all(arrival, workers, cached, 0.0) == once
+        once = scored(made, arrival, workers)
+        assert scored(made, arrival, workers) == once
         if isinstance(made, RelativePolicy):
-            assert (
-                made.score(arrival, workers[0], cached[0], 0.0)
-                == made.score_all(arrival, workers[:1], cached[:1], 0.0)[0]
-            )
-    assert vars(made) == before
+            first = workers[0]
+            assert made.score(arrival, first.worker, first.percent * 10.0, 0.0) == scored(made, arrival, workers[:1])[0]
+    assert state_of(made) == before
+
+
+def state_of(made):
+    """All attributes that are no code; compiled classes have no __dict__."""
+    named = {name: getattr(made, name) for name in dir(made) if not name.startswith(("__", "_abc_"))}
+    return {name: copy.deepcopy(value) for name, value in named.items() if not callable(value)}
 
 
 def documented():
