@@ -29,6 +29,7 @@ CORE_MODULES = (
     "budget",
     "calibration",
     "choose",
+    "circuits",
     "columns",
     "decisions",
     "disaggregation",

@@ -104,6 +104,8 @@ class ResilienceSpec(Schema):
     eject_at_failure_percent: Annotated[int, Field(ge=1, le=100)] = 50
     """A worker that fails this share of its latest requests (ten or so) gets none for a while, unless half of its pool is
     out already. Three failures in a row have the same effect in any case."""
+    probe_path: Annotated[str, Field(pattern=r"^(/[!-~]*)?$", max_length=256)] = "/health"
+    """Where an ejected worker is asked whether it is well, before a request is risked on it; empty: a request is the trial."""
     hedge_after_milliseconds: Annotated[int, Field(ge=1, le=3_600_000, examples=[2000])] | None = None
     """A second try on another worker where no byte has come after so long; the first to answer wins, the other is
     cancelled. Default: none."""

@@ -39,6 +39,7 @@ from kvfleet_router.io.kvevents.metrics import event_metrics
 from kvfleet_router.io.loaded import Loaded
 from kvfleet_router.io.metrics import PREFIX, RouterMetrics
 from kvfleet_router.io.models import ModelList
+from kvfleet_router.io.probing import Prober
 from kvfleet_router.io.processes.run import Place, run_processes
 from kvfleet_router.io.proxy import Proxy
 from kvfleet_router.io.server import Server, addresses_text
@@ -147,6 +148,8 @@ class RouterApp:
             rng=self._rng,
             speed=self._speed,
         )
+        self.prober = Prober(self.dispatcher, self._trust, self.proxy.spawn)
+        self.metrics.extra.append(self.prober.metrics)
         limits = self.dispatcher.config.limits
         handler = self.proxy if self._api_keys is None else Authenticator(self.proxy, self._api_keys)
         self.server = Server(Gate(handler, lambda: self._source.unready), limits)
@@ -219,6 +222,7 @@ class RouterApp:
         self.server.sweep(now)
         self.admin_server.sweep(now)
         self.dispatcher.energy_tick()
+        self.prober.sweep()
 
     # What a configuration source calls
 

@@ -47,7 +47,7 @@ def strings(part: Json) -> st.SearchStrategy[str]:
     pattern = part.get("pattern")
     if pattern is None:
         return st.text(alphabet="ab-/ ", min_size=part.get("minLength", 0), max_size=min(part["maxLength"], 12))
-    examples = ("a", "b", "llama-8b", "x-tenant", "kvfleet", "A_B", "redis://r", "keys.json", "http://h")
+    examples = ("a", "b", "llama-8b", "x-tenant", "kvfleet", "A_B", "redis://r", "keys.json", "http://h", "/health")
     return st.sampled_from([text for text in examples if re.search(pattern, text)])
 
 

@@ -22,7 +22,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from kvfleet_api.fleetconfig import FleetConfig
-from kvfleet_api.routingpolicy import ResilienceSpec
+from kvfleet_router.core.circuits import Circuits
 from kvfleet_router.core.decisions import Decision, DecisionLog, Outcome
 from kvfleet_router.core.dryrun import DRY_RUN, told, try_dry, unrecorded
 from kvfleet_router.core.energybook import EnergyBook, PoolEnergy
@@ -81,7 +81,7 @@ class Dispatcher:
         self._fleet = Fleet()
         self._placement = Placement(self._fleet, rng)
         self.energy = EnergyBook(self._fleet)
-        self._ejected: set[Worker] = set()
+        self._circuits = Circuits(self._fleet, rng)
         self._heard_routers = 0
         self.configure(config)
 
@@ -97,6 +97,25 @@ class Dispatcher:
         self._heard_routers = count
         self._placement.near = NEAR_SHARE if count < self.config.routers - 1 else 0.0
 
+    @property
+    def probing(self) -> bool:
+        """Ejected workers are asked whether they are well, by whoever sets this and takes `due_probes`."""
+        return self._circuits.probing
+
+    @probing.setter
+    def probing(self, probing: bool) -> None:
+        self._circuits.probing = probing
+
+    def due_probes(self, most: int) -> list[Worker]:
+        """Up to `most` ejected workers to be asked now; `probed` has to be called for each."""
+        return self._circuits.due_probes(self._clock(), most)
+
+    def probed(self, worker: Worker, healthy: bool | None, told: str) -> None:
+        """An ejected worker is well, is not, or (None) cannot say; `told`: in words, for people."""
+        now = self._clock()
+        self._circuits.probed(worker, now, healthy, told)
+        self._placement.pump(worker, now)
+
     def configure(self, config: FleetConfig) -> None:
         """Take a new configuration; workers keep their state, tickets their policy. Raises ConfigError with nothing changed."""
         self._check(config)
@@ -110,7 +129,7 @@ class Dispatcher:
         built = [(policy, self._registry[policy.strategy](policy)) for policy in config.policies]
         self._routes = Routes(built, self._fleet)
         self.energy.configure(config.telemetry)
-        self._ejected = {worker for worker in self._ejected if not worker.removed}
+        self._circuits.forget_removed()
         self.config = config
         self.heard_routers = self._heard_routers
         self._placement.reroute(self._routes.find, now)
@@ -120,7 +139,7 @@ class Dispatcher:
         """The pool's workers from now on; ValueError with nothing changed where a URL is none. Pools with static `endpoints`
         get them from the configuration itself."""
         now = self._clock()
-        self._ejected.difference_update(self._fleet.set_endpoints(pool, endpoints, now))
+        self._circuits.forget(self._fleet.set_endpoints(pool, endpoints, now))
         self._placement.pump(None, now)
 
     def _check(self, config: FleetConfig) -> None:
@@ -318,7 +337,7 @@ class Dispatcher:
             for earlier in worker.earlier_presumable(ticket):
                 worker.first_token(earlier, now, presumed=True)
             worker.first_token(ticket, now, presumed=not ticket.parsed.stream)
-            self._answered(worker, whole=False)
+            self._circuits.answered(worker, whole=False)
             self._placement.pump(worker, now)
 
     def finish(
@@ -340,9 +359,9 @@ class Dispatcher:
         self._release(ticket, now)
         if ok:
             learn(ticket, output_tokens, prompt_tokens, cached_tokens, now)
-            self._answered(ticket.worker)
+            self._circuits.answered(ticket.worker)
         else:
-            self._failed(ticket.worker, now, ticket.policy.resilience)
+            self._circuits.failed(ticket.worker, now, ticket.policy.resilience)
         ticket.arrival.decision.outcome = Outcome(
             now, "ok" if ok else "failed", "", ticket.first_token_at, prompt_tokens, cached_tokens, output_tokens
         )
@@ -369,7 +388,7 @@ class Dispatcher:
         self._catch_up(now)
         arrival = ticket.arrival
         self._release(ticket, now)
-        self._failed(ticket.worker, now, ticket.policy.resilience)
+        self._circuits.failed(ticket.worker, now, ticket.policy.resilience)
         arrival.decision.causes.append(cause)
         arrival.attempt += 1
         arrival.received_tokens = 0.0  # whether it can be fetched once more, nobody knows
@@ -406,7 +425,7 @@ class Dispatcher:
         worker.first_token(ticket, now, presumed=False)
         self._release(ticket, now)
         learn(ticket, None, prompt_tokens, cached_tokens, now)
-        self._answered(worker)
+        self._circuits.answered(worker)
         arrival.decision.causes.append("" if handed else NOTHING_HANDED)
         arrival.received_tokens = arrival.prompt_tokens - 1.0 if handed else 0.0
         arrival.whole = not handed
@@ -442,7 +461,7 @@ class Dispatcher:
         decision, worker = ticket.arrival.decision, ticket.worker
         self._release(ticket, now)
         if failed:
-            self._failed(worker, now, ticket.policy.resilience)
+            self._circuits.failed(worker, now, ticket.policy.resilience)
         given_up = len(decision.causes)  # tries that are given up stand before the one that counts, as their causes do
         at = next(i for i in range(given_up, len(decision.tries)) if decision.tries[i].worker == worker.name)
         decision.tries.insert(given_up, decision.tries.pop(at))
@@ -456,7 +475,7 @@ class Dispatcher:
         placement = self._placement
         placement.expire(now)
         placement.pump(None, now)
-        wanted = [worker.breaker.open_until for worker in self._ejected]
+        wanted = self._circuits.trials()
         wanted += [
             placement.next_presumed(),
             placement.queue.next_expiry(),
@@ -517,24 +536,8 @@ class Dispatcher:
         )
         worker.left(ticket, now)
 
-    def _answered(self, worker: Worker, *, whole: bool = True) -> None:
-        if worker.breaker.success(whole):
-            self._ejected.discard(worker)
-            self._fleet.version += 1
-
-    def _failed(self, worker: Worker, now: float, resilience: ResilienceSpec) -> None:
-        out = 1 + sum(each.pool == worker.pool for each in self._ejected)
-        share = resilience.eject_at_failure_percent / 100 if 2 * out <= len(worker.pool_state.workers) else 1.0
-        if worker.breaker.failure(now, share) and not worker.removed:
-            self._ejected.add(worker)
-            self._fleet.version += 1
-            worker.cache.clear()  # most likely restarted
-
     def _catch_up(self, now: float) -> None:
         """What happened by time alone: presumed first tokens, loads, probations."""
         self._placement.presume(now)
         self._fleet.refresh_loads(now)
-        if self._ejected:
-            for worker in [worker for worker in self._ejected if worker.breaker.elapsed(now)]:
-                self._ejected.discard(worker)
-                self._fleet.version += 1
+        self._circuits.catch_up(now)

@@ -131,6 +131,7 @@ class Admin:
                 "pool": worker.pool,
                 "url": worker.url,
                 "state": worker.state,
+                "last_probe": worker.breaker.probe_told,
                 "in_flight": worker.in_flight,
                 "kv_events": _told(worker),
             }

@@ -40,6 +40,50 @@ def test_a_failure_on_probation_opens_it_for_twice_as_long_up_to_a_limit():
     assert max(pauses) == LONGEST_PAUSE_S
 
 
+def test_a_probe_is_due_after_the_pause_and_only_once_at_a_time():
+    breaker = open_breaker()
+    assert not breaker.begin_probe(FIRST_PAUSE_S / 2)
+    assert breaker.begin_probe(FIRST_PAUSE_S)
+    assert not breaker.begin_probe(FIRST_PAUSE_S)
+    assert not breaker.probed(1.5, False, 2.0, "status 503")
+    assert (breaker.open_until, breaker.on_probation, breaker.probe_told) == (3.5, False, "status 503")
+    assert not breaker.begin_probe(3.4)
+    assert breaker.begin_probe(3.5)
+    assert breaker.probed(3.6, True, 2.0, "status 200")
+    assert (breaker.open_until, breaker.on_probation) == (None, True)
+
+
+def test_a_probe_that_says_no_does_not_open_what_a_request_has_closed():
+    breaker = open_breaker()
+    assert breaker.begin_probe(FIRST_PAUSE_S)
+    assert breaker.success()
+    assert not breaker.probed(2.0, False, 2.0, "status 503")
+    assert breaker.open_until is None
+
+
+def test_a_probe_from_before_the_latest_ejection_says_nothing():
+    breaker = open_breaker()
+    assert breaker.begin_probe(FIRST_PAUSE_S)
+    assert breaker.success()
+    assert [breaker.failure(1.5) for _ in range(MAX_CONSECUTIVE_FAILURES)][-1]
+    assert not breaker.probed(1.6, True, 2.0, "status 200")
+    assert breaker.open_until == 1.5 + FIRST_PAUSE_S
+    assert not breaker.on_probation
+
+
+def test_failed_probes_do_not_lengthen_the_pause_of_failed_requests():
+    breaker = open_breaker()
+    now = FIRST_PAUSE_S
+    for _ in range(5):
+        assert breaker.begin_probe(now)
+        assert not breaker.probed(now, False, 2.0, "")
+        now += 2.0
+    assert breaker.begin_probe(now)
+    assert breaker.probed(now, True, 2.0, "")
+    assert breaker.failure(now)
+    assert breaker.open_until == now + 2 * FIRST_PAUSE_S
+
+
 def fail_now_and_then(breaker, share, requests):
     """Failures spread evenly; how many requests it took until the circuit opened."""
     failures = 0.0

@@ -104,6 +104,7 @@ async def test_workers_and_configuration_are_shown(bench: Bench) -> None:
         "pool": "static",
         "url": worker.url,
         "state": "ready",
+        "last_probe": "",
         "in_flight": 0,
         "kv_events": None,
     }
@@ -169,6 +170,7 @@ async def test_the_exposition_is_valid_and_names_are_the_documented_ones(bench: 
         "config_refused": "gauge",
         "client_connections": "gauge",
         "request_body_bytes": "gauge",
+        "probes": "counter",
         "bad_requests": "counter",
         "tasks": "gauge",
     }
