@@ -162,6 +162,20 @@ class Blocks:
                     break
                 key = digest(prompt[at:end], block.key)
                 found = parts[key >> PART_SHIFT].get(key)
+                # The long middle of a way, where the same workers hold block after block: nothing but this is done there.
+                while found is not None and found.holders == live and depth:
+                    if found.slow_holders or slow or (found.generated and certain < 0):
+                        break
+                    block, length = found, found.following
+                    depth += 1
+                    at = end
+                    if length <= 0 or (end := at + length) >= size:
+                        end = 0
+                        break
+                    key = digest(prompt[at:end], key)
+                    found = parts[key >> PART_SHIFT].get(key)
+                if not end:
+                    continue
                 if found is None:
                     break
                 block = found

@@ -99,6 +99,8 @@ class Prompts:
 
 def _message(message: dict[str, Any], wants_parts: bool) -> dict[str, Any]:
     role, content = message["role"], message.get("content")
+    if type(content) is str and len(message) == 2 and not wants_parts and role != "developer":
+        return {"role": role, "content": content}
     shaped: dict[str, Any] = {"role": role}
     if type(content) is str:
         shaped["content"] = [{"type": "text", "text": content}] if wants_parts and role != "tool" else content

@@ -10,12 +10,13 @@ template that loops over the content gets parts, and text becomes one. Which it 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from typing import Any
 
 import jinja2
 from jinja2 import nodes
+from jinja2.compiler import CodeGenerator, Frame
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -47,17 +48,115 @@ class ChatTemplate:
         return self._template.render(variables)
 
 
+class _InPlace(CodeGenerator):
+    """Writes look-ups of items by constant names where they are used, in place of calls: `message.role` becomes
+    `message['role']` wherever message is a dictionary that has it. Most of what a template does is that."""
+
+    def visit_Getattr(self, node: nodes.Getattr, frame: Frame) -> None:
+        if node.attr in _DICT_ATTRIBUTES:
+            super().visit_Getattr(node, frame)
+        else:
+            self._look_up(node.node, node.attr, "getattr", frame)
+
+    def visit_Getitem(self, node: nodes.Getitem, frame: Frame) -> None:
+        if isinstance(node.arg, nodes.Const) and type(node.arg.value) is str:
+            self._look_up(node.node, node.arg.value, "getitem", frame)
+        else:
+            super().visit_Getitem(node, frame)
+
+    def visit_Or(self, node: nodes.BinExpr, frame: Frame) -> None:
+        """`message.tool_calls or []`: what is not there need not be made an Undefined to be false."""
+        owner, name = _owner_and_name(node.left)
+        if owner is None:
+            super().visit_Or(node, frame)
+            return
+        held = self.temporary_identifier()
+        kind = "getattr" if isinstance(node.left, nodes.Getattr) else "getitem"
+        self.write(f"(({held}.get({name!r}) if type({held} := ")
+        self.visit(owner, frame)
+        self.write(f") is dict else environment.{kind}({held}, {name!r})) or ")
+        self.visit(node.right, frame)
+        self.write(")")
+
+    def visit_For(self, node: nodes.For, frame: Frame) -> None:
+        """Plain loops: without a `loop` where only loops inside use theirs, and without making one to go over nothing."""
+        if node.recursive or node.test or node.else_ or any(node.find_all((nodes.Block, nodes.Macro, nodes.CallBlock))):
+            super().visit_For(node, frame)
+            return
+        if any(name.ctx == "store" and name.name == "loop" for name in node.find_all(nodes.Name)):
+            super().visit_For(node, frame)  # refuses it
+            return
+        inner = frame.inner()
+        inner.loop_frame = True
+        loop = inner.symbols.declare_parameter("loop") if _use_loop(node.body) else None
+        inner.symbols.analyze_node(node, for_branch="body")
+        if loop:
+            self.writeline(f"{loop} = missing")
+        self.writeline("for ", node)
+        self.visit(node.target, inner)
+        if loop:
+            held = self.temporary_identifier()
+            self.write(f", {loop} in (() if type({held} := ")
+            self.visit(node.iter, frame)
+            self.write(f") is list and not {held} else LoopContext({held}, undefined)):")
+        else:
+            self.write(" in ")
+            self.visit(node.iter, frame)
+            self.write(":")
+        self.indent()
+        self.enter_frame(inner)
+        self.writeline("_loop_vars = {}")
+        self.blockvisit(node.body, inner)
+        self.outdent()
+        self.leave_frame(inner)
+        if self._assign_stack:
+            self._assign_stack[-1].difference_update(inner.symbols.stores)
+
+    def _look_up(self, owner: nodes.Node, name: str, otherwise: str, frame: Frame) -> None:
+        held = self.temporary_identifier()
+        self.write(f"({held}[{name!r}] if type({held} := ")
+        self.visit(owner, frame)
+        self.write(f") is dict and {name!r} in {held} else environment.{otherwise}({held}, {name!r}))")
+
+
+def _use_loop(body: Iterable[nodes.Node]) -> bool:
+    """Whether `loop` is meant in a loop's body: in that of a loop inside, it is the inner one's."""
+    for node in body:
+        if isinstance(node, nodes.Name) and node.name == "loop":
+            return True
+        inside = node.iter_child_nodes(exclude=("body",) if isinstance(node, nodes.For) else None)
+        if _use_loop(inside):
+            return True
+    return False
+
+
+def _owner_and_name(node: nodes.Node) -> tuple[nodes.Node | None, str]:
+    """Of a look-up that, in a dictionary, can only mean an item; none: it is something else."""
+    if isinstance(node, nodes.Getattr):
+        owner, name = node.node, node.attr
+    elif isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const) and type(node.arg.value) is str:
+        owner, name = node.node, node.arg.value
+    else:
+        return None, ""
+    return (None, "") if name in _DICT_ATTRIBUTES else (owner, name)
+
+
 class _Environment(ImmutableSandboxedEnvironment):
-    """Looks dictionaries' items up first where no attribute of dictionaries can be meant: with the same result, sooner."""
+    """Looks dictionaries' items up where no attribute of dictionaries can be meant: with the same result, sooner."""
+
+    code_generator_class = _InPlace
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        if type(obj) is dict and attribute not in _DICT_ATTRIBUTES and attribute in obj:
-            return obj[attribute]
+        if type(obj) is dict and attribute not in _DICT_ATTRIBUTES:
+            return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
         return super().getattr(obj, attribute)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        if type(obj) is dict and type(argument) is str and argument in obj:
-            return obj[argument]
+        if type(obj) is dict and type(argument) is str:
+            if argument in obj:
+                return obj[argument]
+            if argument not in _DICT_ATTRIBUTES:
+                return self.undefined(obj=obj, name=argument)
         return super().getitem(obj, argument)
 
 
