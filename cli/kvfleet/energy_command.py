@@ -34,19 +34,28 @@ def report(
     try:
         labels = command.check_by(by)
         if prometheus is not None:
-            joules, grams = (
-                command.from_prometheus(prometheus, metric, since, until) for metric in (command.JOULES, command.GRAMS)
+            joules, grams, saved, lost = (
+                command.from_prometheus(prometheus, metric, since, until)
+                for metric in (command.JOULES, command.GRAMS, command.SAVED, command.LOST)
             )
+            savings = command.savings(saved, lost, None)
         else:
             urls = url or ["http://127.0.0.1:9090"]
-            joules, grams = (command.from_routers(urls, metric) for metric in (command.JOULES, command.GRAMS))
+            joules, grams, saved, lost, errors = (
+                command.from_routers(urls, metric)
+                for metric in (command.JOULES, command.GRAMS, command.SAVED, command.LOST, command.SAVED_ERROR)
+            )
+            savings = command.savings(saved, lost, errors)
         lines = command.grouped(joules, grams, labels)
     except command.ReportError as error:
         raise UsageError(str(error)) from error
     if not lines:
         raise UsageError("no joules are booked there: set spec.telemetry of the FleetRouter")
     if csv is None:
-        command.print_table(lines, labels, Console())
+        console = Console()
+        command.print_table(lines, labels, console)
+        if savings is not None:
+            console.print(command.in_words(savings), highlight=False)
     elif str(csv) == "-":
         typer.echo(command.as_csv(lines, labels), nl=False)
     else:

@@ -18,6 +18,8 @@ from rich.table import Table
 
 JOULES = "kvfleet_energy_joules_total"
 GRAMS = "kvfleet_energy_co2_grams_total"
+SAVED, LOST = "kvfleet_energy_saved_joules_total", "kvfleet_energy_lost_joules_total"
+SAVED_ERROR = "kvfleet_energy_saved_joules_stderr"
 KINDS = ("prefill", "decode", "step", "idle")
 LABELS = ("pool", "tenant", "model")
 JOULES_PER_WH = 3600.0
@@ -40,6 +42,16 @@ class Line:
     @property
     def total(self) -> float:
         return sum(self.joules.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Savings:
+    """Joules saved against least_request, all pools together."""
+
+    joules: float
+    """Less those that decisions took more."""
+    standard_error: float | None
+    """None: not known over a range of time."""
 
 
 Key = tuple[str, ...]
@@ -101,6 +113,20 @@ def grouped(joules: Iterable[Sample], grams: Iterable[Sample], by: Sequence[str]
             if known is not None:
                 known.grams = (known.grams or 0.0) + value
     return dict(sorted(lines.items(), key=lambda item: -item[1].total))
+
+
+def savings(saved: Sequence[Sample], lost: Sequence[Sample], errors: Sequence[Sample] | None) -> Savings | None:
+    """None where routers tell none. Routers price with about the same coefficients, so their errors add up."""
+    if not saved:
+        return None
+    joules = sum(value for _, value in saved) - sum(value for _, value in lost)
+    return Savings(joules, None if errors is None else sum(value for _, value in errors))
+
+
+def in_words(found: Savings) -> str:
+    """A line under the table."""
+    band = "" if found.standard_error is None else f" ± {found.standard_error / JOULES_PER_WH:.2f}"
+    return f"Saved against least_request, by the model: {found.joules / JOULES_PER_WH:.2f}{band} Wh"
 
 
 def check_by(text: str) -> list[str]:

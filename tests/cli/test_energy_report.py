@@ -35,6 +35,11 @@ class Answers(BaseHTTPRequestHandler):
             lines += [
                 "# TYPE kvfleet_energy_co2_grams counter",
                 'kvfleet_energy_co2_grams_total{pool="p",tenant="acme"} 1.5',
+                'kvfleet_energy_saved_joules_total{pool="p"} 9000',
+                'kvfleet_energy_saved_joules_total{pool="q"} 3600',
+                'kvfleet_energy_lost_joules_total{pool="p"} 1800',
+                'kvfleet_energy_saved_joules_stderr{pool="p"} 2700',
+                'kvfleet_energy_saved_joules_stderr{pool="q"} 900',
             ]
             body = ("\n".join(lines) + "\n").encode()
         else:
@@ -55,6 +60,7 @@ class Answers(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def url():
+    Answers.asked.clear()
     server = HTTPServer(("127.0.0.1", 0), Answers)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -85,6 +91,21 @@ def test_a_table_shows_shares_and_that_idling_is_nobodys(url):
     text = report(f"--url={url}")
     assert "(idle)" in text
     assert "53.3%" in text
+
+
+def test_what_was_saved_against_least_request_stands_below_with_its_error(url):
+    assert "Saved against least_request, by the model: 3.00 ± 1.00 Wh" in report(f"--url={url}")
+    assert "by the model: 6.00 ± 2.00 Wh" in report(f"--url={url}", f"--url={url}")
+
+
+def test_over_a_range_of_time_the_error_is_not_known(url):
+    text = report(f"--prometheus={url}")
+    assert "Saved against least_request, by the model: 0.00 Wh" in text
+    asked = [query for query in Answers.asked if "saved" in query or "lost" in query]
+    assert [query.partition("increase(")[2] for query in asked[-2:]] == [
+        "kvfleet_energy_saved_joules_total[24h]))",
+        "kvfleet_energy_lost_joules_total[24h]))",
+    ]
 
 
 def test_prometheus_is_asked_for_the_growth_within_the_range(url, tmp_path):

@@ -11,12 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvfleet_router.core.columns import Table, spread
+from kvfleet_router.core.columns import Array, Table, spread
 from kvfleet_router.core.decisions import MAX_CANDIDATES
 from kvfleet_router.core.exact import look_up, overlay
 from kvfleet_router.core.index import Match, PrefixIndex
 from kvfleet_router.core.policy import Policy
 from kvfleet_router.core.routes import Candidates
+from kvfleet_router.core.savings import Rival
 from kvfleet_router.core.ticket import Arrival
 from kvfleet_router.core.worker import Worker
 
@@ -32,6 +33,8 @@ class Choice(NamedTuple):
     scored: tuple[Scored, ...]
     """The best candidates, in no order."""
     candidate_count: int
+    rival: Rival | None = None
+    """Where least_request would go, for what that saves; None: nobody asks."""
 
 
 def choose(
@@ -96,7 +99,8 @@ def _choose_one_by_one(
     if len(workers) > MAX_CANDIDATES:
         kept = sorted(kept, key=costs.__getitem__)[:MAX_CANDIDATES]
     scored = tuple([(workers[place].name, cached[place], scores[place]) for place in kept])
-    return Choice(workers[winner], cached[winner], depths[winner], costs[winner], scored, len(workers))
+    rival = _rival(workers, cached, winner) if arrival.lane.priced else None
+    return Choice(workers[winner], cached[winner], depths[winner], costs[winner], scored, len(workers), rival)
 
 
 def _choose_by_columns(
@@ -134,9 +138,22 @@ def _choose_by_columns(
     )
     rows = zip(kept.tolist(), cached[kept].tolist(), parts[:, kept].T.tolist(), strict=True)
     scored = tuple([(workers[place].name, tokens, tuple(score)) for place, tokens, score in rows])
+    rival = _rival(workers, cached, winner) if arrival.lane.priced else None
     return Choice(
-        workers[winner], float(cached[winner]), int(depths[winner]), float(costs[winner]), scored, len(workers)
+        workers[winner], float(cached[winner]), int(depths[winner]), float(costs[winner]), scored, len(workers), rival
     )
+
+
+def _rival(workers: Sequence[Worker], cached: Sequence[float] | Array, winner: int) -> Rival:
+    """The worker with the fewest in flight; of several the next one after the winner, so that it is not always the same."""
+    counts = [worker.in_flight for worker in workers]
+    least = min(counts)
+    ties = counts.count(least)
+    try:
+        place = counts.index(least, winner + 1)
+    except ValueError:
+        place = counts.index(least)
+    return Rival(workers[place], float(cached[place]), least, ties)
 
 
 def _better_of_two(places: list[int], costs: list[float], rng: random.Random, best: int) -> int:

@@ -28,6 +28,8 @@ class Try(NamedTuple):
     """The worker told by KV events what it has cached."""
     guessed_tokens: float = 0.0
     """Cached tokens on this worker as the router's own routing lets expect."""
+    saved_joules: float | None = None
+    """Against where least_request would have sent it; None: not known, or not the first try."""
 
 
 class Outcome(NamedTuple):
@@ -144,6 +146,7 @@ class DecisionLog:
             "phase": made.phase or None,
             "predicted_ttft_s": made.predicted_ttft_s,
             "predicted_joules": made.predicted_joules,
+            "saved_joules": made.saved_joules,
             "candidate_count": made.candidate_count,
             "cache_view": "precise" if made.precise else "approximate",
             "guessed_cached_tokens": round(made.guessed_tokens),

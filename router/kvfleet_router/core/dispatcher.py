@@ -35,6 +35,7 @@ from kvfleet_router.core.placement import OnAssigned, Placed, Placement
 from kvfleet_router.core.policy import Policy
 from kvfleet_router.core.pool import Fleet, Pool
 from kvfleet_router.core.routes import Lane, Routes
+from kvfleet_router.core.savings import Saved
 from kvfleet_router.core.telemetry import DeviceReading
 from kvfleet_router.core.ticket import CLOSED, PENDING, Arrival, Held, Refusal, Ticket
 from kvfleet_router.core.worker import Load, Worker, WorkerEndpoint
@@ -129,6 +130,7 @@ class Dispatcher:
         built = [(policy, self._registry[policy.strategy](policy)) for policy in config.policies]
         self._routes = Routes(built, self._fleet)
         self.energy.configure(config.telemetry)
+        self._placement.savings.keep(self._fleet.pools.values())
         self._circuits.forget_removed()
         self.config = config
         self.heard_routers = self._heard_routers
@@ -218,6 +220,10 @@ class Dispatcher:
         """By pool: where joules come from, whether they steer, and what was learned."""
         now = self._clock()
         return [self.energy.of(pool, now) for pool in self._fleet.pools.values()]
+
+    def savings(self) -> list[Saved]:
+        """Joules saved against least_request, by pool."""
+        return list(self._placement.savings.of(self.energy.deviation))
 
     def joules_so_far(self, ticket: Ticket, output_tokens: int | None = None) -> float | None:
         """What the request took until now, `output_tokens` being all it has; None where no books are kept."""

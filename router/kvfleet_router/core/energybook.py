@@ -154,6 +154,10 @@ class EnergyBook:
             pool.name, source, True, f"{fit.intervals} intervals, off by {fit.error:.0%} on average", *told
         )
 
+    def deviation(self, pool: Pool, work: tuple[float, float, float, float]) -> float:
+        """Standard error of what the work takes on the pool's workers: of what was learned, or of the profile."""
+        return self._fit(pool).deviation(work)
+
     def _state(self, worker: Worker, now: float) -> State:
         meter = self._meters.get(worker)
         if meter is None:

@@ -136,6 +136,11 @@ class EnergyFit:
         step, token, prefill, idle = (float(value) for value in self._factors * self._scale)
         return Figures(step, token, self._prior.context_token_joules, prefill, idle)
 
+    def deviation(self, work: tuple[float, float, float, float]) -> float:
+        """Standard error (J) of what so many steps, tokens, prefill tokens and idle seconds take by the coefficients."""
+        row = self._scale * work
+        return float(np.sqrt(max(float(row @ self._covariance @ row), 0.0)))
+
     def estimates(self) -> list[Estimate]:
         """Each coefficient with its standard error."""
         errors = np.sqrt(np.diag(self._covariance)) * self._scale

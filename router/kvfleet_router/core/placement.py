@@ -27,6 +27,7 @@ from kvfleet_router.core.parse import ParsedRequest
 from kvfleet_router.core.pool import Fleet
 from kvfleet_router.core.predict import backlog_s, ttft_parts
 from kvfleet_router.core.routes import Candidates, Lane
+from kvfleet_router.core.savings import Savings
 from kvfleet_router.core.ticket import PENDING, Arrival, Held, Refusal, Ticket
 from kvfleet_router.core.worker import Worker
 
@@ -63,6 +64,7 @@ class Placement:
         """Prompts that brought a worker new blocks, for the other replicas of the router; none: there are none."""
         self.near = 0.0
         """See `choose`."""
+        self.savings = Savings()
         self._affinity = Affinity()
         self._fleet = fleet
         self._rng = rng
@@ -255,7 +257,9 @@ class Placement:
             return choice
         other = choose(arrival, Candidates(free), self._fleet.index, self._fleet.table, self._rng, now)
         waiting, at_once = (sum(ttft_parts(arrival, one.worker, one.cached_tokens, now)) for one in (choice, other))
-        return other._replace(candidate_count=choice.candidate_count) if at_once < waiting else choice
+        return (
+            other._replace(candidate_count=choice.candidate_count, rival=choice.rival) if at_once < waiting else choice
+        )
 
     def _as_preferred(self, arrival: Arrival, candidates: Candidates, choice: Choice, now: float) -> Choice:
         """The choice among the workers that the request would rather go to, unless that costs too much."""
@@ -273,7 +277,7 @@ class Placement:
             return choice
         known = {name for name, *_ in other.scored}
         scored = (*other.scored, *[one for one in choice.scored if one[0] not in known])[:MAX_CANDIDATES]
-        return other._replace(scored=scored, candidate_count=choice.candidate_count)
+        return other._replace(scored=scored, candidate_count=choice.candidate_count, rival=choice.rival)
 
     def _pick_prefill(self, arrival: Arrival, now: float) -> tuple[Arrival, Choice, bool] | None:
         """The Prefill worker for this prompt, and the arrival as it looks there; None: all are gone, full or failed."""
@@ -299,6 +303,9 @@ class Placement:
         cache = worker.cache
         pinned = cache.pin(arrival.blocks, now) if arrival.blocks else []
         joules = marginal_joules(arrival, worker, prompt - cached)
+        saved = None
+        if choice.rival is not None and not arrival.decision.tries and worker.pool_state.joules_trusted:
+            saved = self.savings.price(arrival, worker, prompt - cached, joules, choice.rival)
         ticket = Ticket(
             arrival,
             parsed,
@@ -337,6 +344,7 @@ class Placement:
             phase,
             ticket.precise,
             min(choice.cached_blocks * arrival.block_tokens, prompt),
+            saved,
         )
         arrival.decision.tries.append(made)
         return ticket

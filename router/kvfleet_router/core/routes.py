@@ -83,6 +83,8 @@ class Lane:
         """Those that answer."""
         self.prefill_pools = [pool for tier in self.prefill_tiers for pool, _ in tier]
         """Those that compute prompts for Decode pools (disaggregation.py)."""
+        self.priced = any(pool.cost.step_joules > 0 or pool.cost.token_joules > 0 for pool in self.pools)
+        """It is known what requests take, so what a choice saves can be told."""
         self._longest_context = max((pool.config.max_context_tokens or 2**62 for pool in self.pools), default=0)
         every = (*self.pools, *self.prefill_pools)
         self.adapter = any(model in pool.config.adapters for pool in every)

@@ -36,7 +36,7 @@ class EnergyMetrics:
     def __call__(self) -> Iterable[Metric]:
         ledger = self._dispatcher.energy.ledger
         if ledger is None:
-            return []
+            return self._savings()
         joules = CounterMetricFamily(
             PREFIX + "energy_joules",
             "Joules by what they were for; their sum is what the workers' counters showed.",
@@ -44,7 +44,7 @@ class EnergyMetrics:
         )
         for pool, tenant, model, kind, value in ledger.rows():
             joules.add_metric((pool, tenant, model, kind), value)
-        return [joules, *self._carbon(), *self._states()]
+        return [joules, *self._carbon(), *self._states(), *self._savings()]
 
     def tick(self) -> None:
         """Turn the joules booked since the last call into grams; call at least every minute or so."""
@@ -72,6 +72,31 @@ class EnergyMetrics:
         for key, value in self._grams.items():
             grams.add_metric(key, value)
         return [grams]
+
+    def _savings(self) -> list[Metric]:
+        told = self._dispatcher.savings()
+        if not told:
+            return []
+        saved = CounterMetricFamily(
+            PREFIX + "energy_saved_joules",
+            "Joules that decisions took less than least_request's would have, by the model; less energy_lost_joules_total.",
+            labels=("pool",),
+        )
+        lost = CounterMetricFamily(
+            PREFIX + "energy_lost_joules",
+            "Joules that decisions took more than least_request's would.",
+            labels=("pool",),
+        )
+        error = GaugeMetricFamily(
+            PREFIX + "energy_saved_joules_stderr",
+            "Standard error of saved less lost joules, from that of the coefficients.",
+            labels=("pool",),
+        )
+        for pool in told:
+            saved.add_metric((pool.pool,), pool.saved_joules)
+            lost.add_metric((pool.pool,), pool.lost_joules)
+            error.add_metric((pool.pool,), pool.standard_error)
+        return [saved, lost, error]
 
     def _states(self) -> list[Metric]:
         state = GaugeMetricFamily(

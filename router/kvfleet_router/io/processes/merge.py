@@ -29,6 +29,7 @@ SUMMED = frozenset(
             for name in ("in_flight", "packed_sequences", "worker_in_flight", "queue_depth", "client_connections")
         ),
         *(_ROUTER + name for name in ("request_body_bytes",)),
+        "kvfleet_energy_saved_joules_stderr",  # all price with about the same coefficients: their errors add up
         *("process_resident_memory_bytes", "process_virtual_memory_bytes", "process_open_fds"),
     )
 )
