@@ -21,6 +21,8 @@ YOUNG = 12
 """Requests of a worker that began to decode last, and are looked at one by one."""
 
 Array = npt.NDArray[np.float64]
+Slots = npt.NDArray[np.intp] | slice
+"""Candidates' slots; a slice where they follow one another: then columns are looked at where they are, and not gathered."""
 
 
 @dataclass(slots=True)
@@ -69,7 +71,8 @@ class Table:
         """Workers where this router's own load changed since it told other replicas."""
         self._rows: Array = np.zeros((len(FIELDS) + 2 * YOUNG, 64))
 
-    def columns(self, slots: npt.NDArray[np.intp]) -> Columns:
+    def columns(self, slots: Slots) -> Columns:
+        """To be read before the next event: they may be the table itself."""
         for worker in self.stale:
             if worker.removed:
                 continue  # its slot may be another's by now
@@ -82,7 +85,13 @@ class Table:
         return Columns(*(*rows[: len(FIELDS)], rows[len(FIELDS) :]))
 
 
-def spread(masks: Sequence[tuple[int, float]], slots: npt.NDArray[np.intp], size: int) -> Array:
+def slots_of(slots: Sequence[int]) -> Slots:
+    if slots and list(slots) == list(range(slots[0], slots[0] + len(slots))):
+        return slice(slots[0], slots[0] + len(slots))
+    return np.array(slots, dtype=np.intp)
+
+
+def spread(masks: Sequence[tuple[int, float]], slots: Slots, size: int) -> Array:
     """The value of the mask a worker is in, by candidate; 0 for those in none. `size`: more than the highest slot."""
     by_slot: Array = np.zeros(size)
     width = (size + 7) // 8

@@ -14,10 +14,9 @@ import random
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from kvfleet_api.fleetconfig import PolicyConfig
 from kvfleet_router.core.budget import RetryBudget
+from kvfleet_router.core.columns import slots_of
 from kvfleet_router.core.parse import ParsedRequest
 from kvfleet_router.core.pool import Fleet, Pool
 from kvfleet_router.core.ticket import Arrival, Refusal
@@ -41,7 +40,7 @@ class Candidates:
 
     def __init__(self, workers: Iterable[Worker]) -> None:
         self.workers = tuple(workers)
-        self.slots = np.array([worker.cache.slot for worker in self.workers], dtype=np.intp)
+        self.slots = slots_of([worker.cache.slot for worker in self.workers])
         self.guarded = any(worker.breaker.on_probation for worker in self.workers)
         self.mask = sum(worker.cache.bit for worker in self.workers)
         self.staying = self

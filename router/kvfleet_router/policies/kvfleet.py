@@ -98,6 +98,7 @@ PRICE_FADES: Final = (0.6, 0.75)
 0.1 around the share of the capacity that is asked for: at 0.8 of it the policy is the latency policy nearly all the time. The guard
 goes first: among busy workers keeping to 60 % of the SLO would scatter over the dear ones what the price gathers."""
 FADING_STEPS: Final = 20
+_EDGES: Final = np.array(OUTPUT_EDGES, dtype=np.float64)
 
 BUSY_PREFILL_SHARE: Final = 0.3
 """[ρ] Share of its time in prefill from which on a worker's prefills are taken to delay others. With φ in full on short prompts,
@@ -274,18 +275,27 @@ def _stalled(arrival: Arrival, own: float, spare: float, worker: Worker, now: fl
 
 
 def _stalled_many(arrival: Arrival, own: Array, spare: Array, workers: Columns, now: float) -> Array:
-    shares = arrival.outputs.shares
+    """`_stalled` for every worker of the columns. Only answers that may be ruined are looked at closely: of many workers few."""
+    shares = np.array(arrival.outputs.shares)
     more = own / spare
-    pending: Array = workers.pending * (np.interp(1.0 + more, OUTPUT_EDGES, shares) - shares[0])
+    stalled: Array = workers.pending * (np.interp(1.0 + more, _EDGES, shares) - shares[0])
+    rows = min(int(workers.decoding.max()), YOUNG)  # none has more of them
+    if not rows:
+        return stalled
     running = np.where(workers.backlog_s > 0.0, np.minimum(now - workers.head_since, workers.head_prefill_s), 0.0)
-    since, prefilled = workers.youngest[:YOUNG], workers.youngest[YOUNG:]
+    since, prefilled = workers.youngest[:rows], workers.youngest[YOUNG : YOUNG + rows]
     suffered = workers.prefill_seconds - prefilled
     safe = 1.0 + (suffered + workers.backlog_s) / spare
     age = 1.0 + np.maximum(now - since - suffered - running, 0.0) / workers.step_now_s
-    past = np.minimum(np.interp(age, OUTPUT_EDGES, shares), 1.0 - 1e-12)
-    ruined = np.interp(safe + more, OUTPUT_EDGES, shares) - np.interp(np.maximum(age, safe), OUTPUT_EDGES, shares)
-    at_risk: Array = np.where(age < safe + more, ruined / (1.0 - past), 0.0).sum(axis=0)
-    return pending + at_risk
+    until = safe + more
+    open_at = np.flatnonzero(age < until)
+    if not len(open_at):
+        return stalled
+    safe, age, until = safe.ravel()[open_at], age.ravel()[open_at], until.ravel()[open_at]
+    past = np.minimum(np.interp(age, _EDGES, shares), 1.0 - 1e-12)
+    ruined = np.interp(until, _EDGES, shares) - np.interp(np.maximum(age, safe), _EDGES, shares)
+    stalled += np.bincount(open_at % len(own), ruined / (1.0 - past), len(own))
+    return stalled
 
 
 def _sigmoid(x: float) -> float:
