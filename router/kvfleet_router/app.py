@@ -126,7 +126,7 @@ class RouterApp:
         if api_keys is not None:
             self.metrics.extra.append(api_keys.metrics)
         identity = self._rng.getrandbits(61) + 1
-        self.sharer = None if bus is None else Sharer(self.dispatcher, bus, identity=identity)
+        self.sharer = None if bus is None else Sharer(self.dispatcher, bus, identity=identity, usage=api_keys)
         if self.sharer is not None:
             self.metrics.extra.append(self.sharer.metrics)
         self._unready = "starting"

@@ -56,6 +56,7 @@ class Account:
     """One key's use."""
 
     __slots__ = (
+        "_changed",
         "_limits",
         "_requests",
         "_tokens",
@@ -66,9 +67,16 @@ class Account:
         "prompt_tokens",
         "requests",
         "tenant",
+        "used_requests",
+        "used_tokens",
     )
 
-    def __init__(self, name: str, tenant: str, limits: Limits, now: float) -> None:
+    def __init__(self, name: str, tenant: str, limits: Limits, now: float, changed: set[Account] | None = None) -> None:
+        """`changed`: where it puts itself whenever it was used, if it has limits."""
+        self._changed = set() if changed is None else changed
+        self.used_requests = 0
+        self.used_tokens = 0.0
+        """As taken from the buckets: of requests under way an estimate."""
         self.name = name
         self.tenant = tenant
         self._limits = Limits()
@@ -99,6 +107,7 @@ class Account:
         if self._requests is not None:
             self._requests.take(1.0)
         self.requests += 1
+        self._used(1, body_bytes / BYTES_PER_TOKEN)
         return Charge(self, body_bytes / BYTES_PER_TOKEN)
 
     def settle(self, estimate: float, prompt_tokens: float, output_tokens: float) -> None:
@@ -106,6 +115,19 @@ class Account:
         self.output_tokens += output_tokens
         if self._tokens is not None:
             self._tokens.take(prompt_tokens + output_tokens - estimate)
+        self._used(0, prompt_tokens + output_tokens - estimate)
+
+    def used_elsewhere(self, requests: float, tokens: float) -> None:
+        """At another replica, under the same limits; of what was missed no more than a minute's worth counts."""
+        for bucket, amount in ((self._requests, requests), (self._tokens, tokens)):
+            if bucket is not None:
+                bucket.take(min(amount, bucket.per_minute))
+
+    def _used(self, requests: int, tokens: float) -> None:
+        self.used_requests += requests
+        self.used_tokens = max(self.used_tokens + tokens, 0.0)  # rounding
+        if self._requests is not None or self._tokens is not None:
+            self._changed.add(self)
 
 
 class Charge(NamedTuple):

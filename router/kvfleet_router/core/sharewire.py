@@ -22,6 +22,8 @@ MAX_MESSAGE_BYTES = 61_440
 """Fits into one datagram of a Unix socket."""
 MAX_LOADS = 160
 """Workers in one message."""
+MAX_USED = 160
+"""API keys in one message."""
 MAX_BLOCKS = 4096
 """Block hashes in one message: 32 KiB."""
 MAX_PLACED_BYTES = 49_152
@@ -35,6 +37,7 @@ _Count = Annotated[int, msgspec.Meta(ge=0, le=1_000_000)]
 _Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
 _Uptime = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 _Tokens = Annotated[float, msgspec.Meta(ge=0, le=1e10)]
+_Total = Annotated[float, msgspec.Meta(ge=0, le=1e18)]
 _Number = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 
 LoadRow = tuple[_Count, _Count, _Count, _Seconds, _Tokens, _Tokens, _Tokens, _Tokens, _Uptime]
@@ -73,6 +76,8 @@ class Body(msgspec.Struct, array_like=True, omit_defaults=True):
     """Blocks still to come of what a newcomer asked for."""
     leaving: bool = False
     """The sender's last message."""
+    used: Annotated[dict[_Name, tuple[_Total, _Total]], msgspec.Meta(max_length=MAX_USED)] = {}
+    """By API key's name: requests and tokens it has used at the sender since that began. (Replicas that do not know of it ignore it.)"""
 
 
 _encoder = msgspec.msgpack.Encoder()

@@ -21,6 +21,7 @@ from dataclasses import astuple
 from math import inf
 
 from kvfleet_router.core.dispatcher import Dispatcher
+from kvfleet_router.core.shareduse import SharedUse, Usage
 from kvfleet_router.core.sharewire import (
     EVERYONE,
     MAX_BLOCKS,
@@ -63,12 +64,14 @@ ENTRY_BYTES = 16
 
 
 class _Peer:
-    __slots__ = ("age_s", "heard_at", "loads", "number", "prefilled_s", "worth_asking")
+    __slots__ = ("age_s", "from_its_start", "heard_at", "loads", "number", "prefilled_s", "worth_asking")
 
     def __init__(self) -> None:
         self.number = 0
         self.heard_at = 0.0
         self.age_s = 0.0
+        self.from_its_start = False
+        """Heard since it began."""
         self.loads: dict[str, Load] = {}
         self.prefilled_s: dict[str, float] = {}
         """By worker: prefill time ever spent, as last told."""
@@ -76,8 +79,11 @@ class _Peer:
 
 
 class Sharing:
-    def __init__(self, dispatcher: Dispatcher, *, clock: Callable[[], float], identity: int) -> None:
-        """`identity`: a random number above 0, below 2^62, that no other replica has. `clock`: seconds, real ones."""
+    def __init__(
+        self, dispatcher: Dispatcher, *, clock: Callable[[], float], identity: int, usage: Usage | None = None
+    ) -> None:
+        """`identity`: a random number above 0, below 2^62, that no other replica has. `clock`: seconds, real ones. `usage`: API keys."""
+        self._use = None if usage is None else SharedUse(usage)
         self.identity = identity
         self.ignored: Counter[str] = Counter()
         """Messages that were not believed, by cause."""
@@ -142,6 +148,8 @@ class Sharing:
         elif changed:
             rows = {name: _row(load) for name, load in changed.items()}
             bodies += [Body(0, 0.0, part) for part in _parts(rows)]
+        if self._use is not None:
+            bodies += [Body(0, 0.0, used=used) for used in self._use.to_tell(now)]
         if self._backlog and now >= self._placed_due:
             self._placed_due = now + PLACED_S
             bodies.append(Body(0, 0.0, placed=self._next_placed(now)))
@@ -239,6 +247,7 @@ class Sharing:
             if not body.leaving:
                 peer = self._peers[sender] = _Peer()
                 peer.number = body.number - 1
+                peer.from_its_start = body.age_s < SETTLE_S
                 self._whole_due = -inf  # it may have come just now: do not let it wait
                 if self._lost:  # one of them, most likely: nor let it miss what was told while it could not hear
                     self._lost -= 1
@@ -255,6 +264,8 @@ class Sharing:
             return
         self._learn_loads(peer, body)
         self._store(body)
+        if self._use is not None and body.used:
+            self._use.hear(sender, body.used, from_its_start=peer.from_its_start)
         if body.asks == self.identity and len(self._newcomers) < MAX_PEERS:
             self._newcomers.setdefault(sender, self._everything_placed())
 
@@ -297,6 +308,8 @@ class Sharing:
     def _forget(self, sender: int) -> None:
         self._changed.update(self._peers.pop(sender).loads)
         self._newcomers.pop(sender, None)
+        if self._use is not None:
+            self._use.forget(sender)
 
     def apply(self) -> None:
         """Let the dispatcher know what has changed."""

@@ -23,6 +23,7 @@ from typing import NamedTuple
 from prometheus_client.core import CounterMetricFamily, Metric
 
 from kvfleet_router.core.ratelimit import Account, Limits, OverLimit
+from kvfleet_router.core.shareduse import Used
 from kvfleet_router.io import wire
 from kvfleet_router.io.connection import ClientConnection
 from kvfleet_router.io.files import read_bounded
@@ -61,6 +62,8 @@ class ApiKeys:
         self.path = path
         self._accounts: dict[str, Account] = {}
         self._by_digest: dict[bytes, Account] = {}
+        self._changed: set[Account] = set()
+        """Used since others were told; with nobody to be told, no more than there are accounts."""
         self._take(_read(path))
 
     def reload(self) -> None:
@@ -72,6 +75,17 @@ class ApiKeys:
     def account_of(self, key: bytes) -> Account | None:
         """Whose key it is; None: nobody's."""
         return self._by_digest.get(sha256(key).digest())
+
+    def changed_use(self) -> dict[str, Used]:
+        """See core/shareduse.py, as for the next."""
+        changed = {each.name: (float(each.used_requests), each.used_tokens) for each in self._changed}
+        self._changed.clear()
+        return changed
+
+    def used_elsewhere(self, name: str, requests: float, tokens: float) -> None:
+        account = self._accounts.get(name)
+        if account is not None:
+            account.used_elsewhere(requests, tokens)
 
     def metrics(self) -> Iterator[Metric]:
         """By tenant. (A tenant's accounts that left the file are forgotten, and what they had counted.)"""
@@ -96,10 +110,11 @@ class ApiKeys:
         now = time.monotonic()
         accounts: dict[str, Account] = {}
         for name, tenant, limits in entries.values():
-            account = accounts[name] = self._accounts.get(name) or Account(name, tenant, limits, now)
+            account = accounts[name] = self._accounts.get(name) or Account(name, tenant, limits, now, self._changed)
             account.tenant = tenant
             account.limit(limits, now)
         self._accounts = accounts
+        self._changed.intersection_update(accounts.values())
         self._by_digest = {digest: accounts[entry.name] for digest, entry in entries.items()}
 
 

@@ -5,6 +5,7 @@ import asyncio
 import signal
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import orjson
@@ -26,6 +27,7 @@ from scripted import (
 
 from kvfleet_router.app import RouterApp
 from kvfleet_router.core.sharewire import EVERYONE, Body, encode
+from kvfleet_router.io.auth import ApiKeys
 from kvfleet_router.io.sharing.redis_bus import BadRedis, Redis
 
 CERTIFICATES = Path(__file__).parent / "certificates"
@@ -59,10 +61,14 @@ class Replicas:
         self._bench, self.worker, self.address = bench, worker, address
         self.routers: list[RouterApp] = []
 
-    async def join(self, count: int = 1, *, address: Redis | None = None, strategy: str = "kvfleet") -> RouterApp:
+    async def join(
+        self, count: int = 1, *, address: Redis | None = None, strategy: str = "kvfleet", keys: Path | None = None
+    ) -> RouterApp:
         config = fleet([self.worker], strategy=strategy).model_copy(update={"routers": 2})
         for _ in range(count):
-            app = RouterApp(config, bus=(address or self.address).bus())
+            app = RouterApp(
+                config, bus=(address or self.address).bus(), api_keys=None if keys is None else ApiKeys(keys)
+            )
             await app.start()
             self._bench.on_close(app.stop, 0.0)
             self.routers.append(app)
@@ -103,6 +109,24 @@ async def pair(replicas: Replicas) -> Replicas:
     await replicas.join(2)
     await replicas.know_each_other()
     return replicas
+
+
+async def test_a_keys_limit_holds_for_both_together(
+    replicas: Replicas, bench: Bench, slow: Slow, tmp_path: Path
+) -> None:
+    slow.may_answer.set()
+    file = tmp_path / "keys"
+    file.write_text(f"alice:{sha256(b'secret').hexdigest()} requests-per-minute=3\n")
+    await replicas.join(2, keys=file)
+    await replicas.know_each_other()
+    one, other = replicas.routers
+    request = post(chat_body(), b"authorization: Bearer secret")
+    assert [(await bench.ask(one, request)).status for _ in range(3)] == [200, 200, 200]
+    async with asyncio.timeout(PATIENCE_S):
+        while (account := other._api_keys._accounts["alice"])._requests._level >= 1.0:  # noqa: ASYNC110 - no event tells
+            await asyncio.sleep(0.002)
+    assert (await bench.ask(other, request)).status == 429
+    assert (account.requests, account.limited_requests) == (0, 1)
 
 
 async def test_what_one_has_in_flight_the_other_knows(pair: Replicas, slow: Slow) -> None:

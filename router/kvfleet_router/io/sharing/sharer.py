@@ -18,6 +18,7 @@ from typing import Protocol
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from kvfleet_router.core.dispatcher import Dispatcher
+from kvfleet_router.core.shareduse import Usage
 from kvfleet_router.core.sharing import FLUSH_S, Sharing
 
 log = logging.getLogger("kvfleet.router")
@@ -49,8 +50,9 @@ class Bus(Protocol):
 
 
 class Sharer:
-    def __init__(self, dispatcher: Dispatcher, bus: Bus, *, identity: int) -> None:
-        self.sharing = Sharing(dispatcher, clock=time.monotonic, identity=identity)
+    def __init__(self, dispatcher: Dispatcher, bus: Bus, *, identity: int, usage: Usage | None = None) -> None:
+        """`usage`: API keys whose limits shall hold for all replicas together."""
+        self.sharing = Sharing(dispatcher, clock=time.monotonic, identity=identity, usage=usage)
         self._dispatcher = dispatcher
         self._bus = bus
         self._timer: asyncio.TimerHandle | None = None
