@@ -92,8 +92,8 @@ GUARD = replace(
 )
 """GP while energy has its full price: the SLO weighs more, and from 60 % on; seconds that keep within it weigh less."""
 
-GUARD_FADES: Final = (0.45, 0.6)
-PRICE_FADES: Final = (0.6, 0.75)
+GUARD_FADES: tuple[float, float] = (0.45, 0.6)  # not Final: compiled by mypyc, a Final pair of floats is never set
+PRICE_FADES: tuple[float, float] = (0.6, 0.75)
 """Load of the pools (0 idle, 1 at the edge of the SLO) between which the guard and the price of energy fade out. It swings by some
 0.1 around the share of the capacity that is asked for: at 0.8 of it the policy is the latency policy nearly all the time. The guard
 goes first: among busy workers keeping to 60 % of the SLO would scatter over the dear ones what the price gathers."""
