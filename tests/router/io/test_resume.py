@@ -87,7 +87,7 @@ async def test_wherever_the_worker_dies_the_client_gets_the_whole(bench: Bench) 
         whole += 1
         for worker in router.dispatcher.workers():  # its breaker would keep it out of the next rounds
             worker.breaker.success()
-        router.dispatcher._ejected.clear()
+        router.dispatcher._circuits.forget(router.dispatcher.workers())
     assert whole == 200
     assert len(dying.requests) > 90
     assert_settled(router)
