@@ -26,7 +26,7 @@ from kvfleet.calibrate_fit import Decode, Fitted, Prefill, fit
 from kvfleet_api.acceleratorprofile import AcceleratorProfile
 from kvfleet_api.cost import CostModel
 from kvfleet_api.modelpool import ModelSpec
-from kvfleet_api.resolve import resolve_cost
+from kvfleet_api.resolve import matching_row, resolve_cost
 
 ROOT = Path(__file__).parents[1]
 MEASURED, PROFILES = ROOT / "bench/measured", ROOT / "crds/kvfleet_api/profiles"
@@ -46,6 +46,9 @@ class Measured:
     """The name of the bundled profile, and of the file."""
     model: str
     parameters: int
+    bare_watts: float
+    """Of the device without any process."""
+    conditions: str
     points: Sequence[dict[str, Any]]
 
     def of(self, kind: str) -> list[dict[str, Any]]:
@@ -80,13 +83,14 @@ class Measured:
 def read(path: Path) -> Iterator[Measured]:
     """Each model in a file of bench/gpu_energy.py."""
     content = json.loads(path.read_text(encoding="utf-8"))
+    bare = next(point["watts"] for point in content["points"] if point["point"] == "bare")
+    conditions = _conditions(content)
     for model in dict.fromkeys(point["model"] for point in content["points"] if point["model"]):
         points = [point for point in content["points"] if point["model"] == model]
-        yield Measured(path.stem, model, content["shapes"][model]["parameters"], points)
+        yield Measured(path.stem, model, content["shapes"][model]["parameters"], bare, conditions, points)
 
 
-def conditions(path: Path) -> str:
-    content = json.loads(path.read_text(encoding="utf-8"))
+def _conditions(content: dict[str, Any]) -> str:
     about = content["device"]
     return (
         f"{about['product']}, {about['power_limit_watts']:.0f} W limit, driver {about['driver']}, torch {content['torch']}, "
@@ -101,9 +105,7 @@ def bundled(measured: Measured) -> tuple[CostModel, str] | None:
         return None
     spec = AcceleratorProfile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))).spec
     model = ModelSpec(name=NAMES[measured.model], parameters_millions=round(measured.parameters / 1e6))
-    cost = resolve_cost(spec, model, 1)
-    prior = resolve_cost(spec, ModelSpec(name="other", parameters_millions=model.parameters_millions), 1)
-    return cost, "prior" if cost.step_joules == prior.step_joules else "row"
+    return resolve_cost(spec, model, 1), "prior" if matching_row(spec, model, 1) is None else "row"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -154,19 +156,22 @@ def steps(all_measured: Sequence[Measured], context: int = 1024) -> str:
             joules, seconds = point["joules"] / point["steps"], point["seconds"] / point["steps"]
             row = [f"{one.device} {one.model}", str(batch), f"{1e3 * seconds:.2f}", f"{joules / batch:.3f}",
                    f"{joules / seconds:.0f}", str(point["sm_mhz"])]  # fmt: skip
-            if known is None:
-                rows.append([*row, "", "", ""])
-                continue
-            cost, origin = known
-            said_s, said = cost.decode_step_s(batch, batch * context), cost.decode_step_joules(batch, batch * context)
-            rows.append([*row, origin, f"{said_s / seconds - 1:+.0%}", f"{said / joules - 1:+.0%}"])
+            believed = ["", "", ""]
+            if known is not None:
+                cost, origin = known
+                said_s, said = (
+                    cost.decode_step_s(batch, batch * context),
+                    cost.decode_step_joules(batch, batch * context),
+                )
+                believed = [origin, f"{said_s / seconds - 1:+.0%}", f"{said / joules - 1:+.0%}"]
+            rows.append(row + believed)
     head = ["device, model", "sequences", "step ms", "J/token", "W", "SM MHz", "bundled", "its step", "its joules"]
     return table(head, rows)
 
 
-def watts(all_measured: Sequence[Measured], bare: dict[str, float]) -> str:
+def watts(all_measured: Sequence[Measured]) -> str:
     rows = [
-        [f"{one.device} {one.model}", f"{bare[one.device]:.0f}"]
+        [f"{one.device} {one.model}", f"{one.bare_watts:.0f}"]
         + [f"{one.watts(kind):.0f}" for kind in ("context", "resident", "exited")]
         + [f"{min(p['joules'] / p['seconds'] for p in one.of('decode')):.0f}"]
         + [f"{max(p['joules'] / p['seconds'] for p in one.of('decode')):.0f}"]
@@ -190,9 +195,9 @@ def gaps(all_measured: Sequence[Measured]) -> str:
     """What a pause between steps draws: the joules it adds over the seconds it adds."""
     rows = []
     for one in all_measured:
+        steps_by_shape = {(step["sequences"], step["context"]): step for step in one.of("decode")}
         for point in one.of("gap"):
-            same = [(p["sequences"], p["context"]) for p in (point,)]
-            step = next(p for p in one.of("decode") if (p["sequences"], p["context"]) in same)
+            step = steps_by_shape[point["sequences"], point["context"]]
             added_s = point["seconds"] / point["steps"] - step["seconds"] / step["steps"]
             added = point["joules"] / point["steps"] - step["joules"] / step["steps"]
             rows.append([f"{one.device} {one.model}", str(point["sequences"]), f"{1e3 * added_s:.2f}", f"{added:.2f}",
@@ -234,7 +239,7 @@ def draw(all_measured: Sequence[Measured], path: Path) -> None:
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
-def example(measured: Measured, path: Path) -> dict[str, Any]:
+def example(measured: Measured) -> dict[str, Any]:
     """The bundled profile with what was measured in front, as `kvfleet calibrate` writes it."""
     base = AcceleratorProfile.model_validate(
         yaml.safe_load((PROFILES / f"{measured.device}.yaml").read_text(encoding="utf-8"))
@@ -247,26 +252,24 @@ def example(measured: Measured, path: Path) -> dict[str, Any]:
         model=f"*{measured.model}*",
         tensor=1,
         kv_tokens=int(measured.of("resident")[0]["kv_tokens"]),
-        conditions=conditions(path),
+        conditions=measured.conditions,
     )
 
 
 def report(paths: Sequence[Path]) -> tuple[str, list[Measured]]:
     found = [one for path in paths for one in read(path)]
-    bare = {
-        path.stem: next(p["watts"] for p in json.loads(path.read_text())["points"] if p["point"] == "bare")
-        for path in paths
-    }
     idle = statistics.median(one.watts("resident") for one in found)
     text = "\n\n".join(
         [
-            "\n".join(f"- `{path.stem}`: {conditions(path)}" for path in paths),
+            "\n".join(
+                f"- `{device}`: {text}" for device, text in {one.device: one.conditions for one in found}.items()
+            ),
             "### Coefficients",
             coefficients(found),
             "### Steps at 1,024 tokens of context, and what the bundled profile says of them",
             steps(found),
             f"### Watts when nothing runs (median with a model in memory: {idle:.0f} W)",
-            watts(found, bare),
+            watts(found),
             "### What waiting for the host draws",
             gaps(found),
         ]
@@ -293,11 +296,10 @@ def main() -> int:
         )
         draw(found, PICTURE)
         EXAMPLES.mkdir(exist_ok=True)
-        for path in paths:
-            one = next(m for m in read(path) if m.model == "llama-3.1-8b")
+        for one in (one for one in found if one.model == "llama-3.1-8b"):
             header = "# Written by bench/gpu_energy_fit.py; docs/gpu-energy.md says how it was measured.\n"
-            manifest = yaml.safe_dump(example(one, path), sort_keys=False, width=120)
-            (EXAMPLES / f"{path.stem}-torch.yaml").write_text(header + manifest, encoding="utf-8")
+            manifest = yaml.safe_dump(example(one), sort_keys=False, width=120)
+            (EXAMPLES / f"{one.device}-torch.yaml").write_text(header + manifest, encoding="utf-8")
     return 0
 
 

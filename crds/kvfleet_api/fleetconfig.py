@@ -25,9 +25,9 @@ from kvfleet_api.routingpolicy import (
 )
 
 FLEET_CONFIG_KEY = "fleet.json"
+"""The key of the ConfigMap, and the file name."""
 DRAINING_ANNOTATION = "kvfleet.io/draining"
 """Of the ConfigMap: which workers the autoscaler is about to take away, as JSON: pool → `until` (Unix seconds) and `workers`."""
-"""The key of the ConfigMap, and the file name."""
 
 
 class Endpoint(Schema):

@@ -79,15 +79,20 @@ async def test_once_settled_it_writes_nothing(cluster, login, make, router):
         assert [write for write in cluster.writes if write[1] != "leases"] == []
 
 
+async def three_workers(cluster, router):
+    """`c` has the least to lose of a pool that has grown to three."""
+    router.in_flight = 30
+    router.workers = {"a": (9, 0), "b": (1, 5000), "c": (1, 100)}
+    for name in router.workers:
+        cluster.put(worker_pod(name))
+    await cluster.until(lambda: replicas(cluster) == 3)
+    cluster.roll_out("llama-workers")
+
+
 async def test_victims_are_marked_before_a_scale_down(cluster, login, make, router):
     async with running(login, scaling=FAST):
         put_fleet(cluster, make, router.port, **AT_ONCE)
-        router.in_flight = 30
-        router.workers = {"a": (9, 0), "b": (1, 5000), "c": (1, 100)}
-        for name in router.workers:
-            cluster.put(worker_pod(name))
-        await cluster.until(lambda: replicas(cluster) == 3)
-        cluster.roll_out("llama-workers")
+        await three_workers(cluster, router)
         router.in_flight = 11
         await cluster.until(lambda: replicas(cluster) == 2)
         costs = {
@@ -108,12 +113,7 @@ async def test_routers_are_told_who_will_go_before_and_nobody_once_it_is_over(cl
 
     async with running(login, scaling=FAST):
         put_fleet(cluster, make, router.port, **window)
-        router.in_flight = 30
-        router.workers = {"a": (9, 0), "b": (1, 5000), "c": (1, 100)}
-        for name in router.workers:
-            cluster.put(worker_pod(name))
-        await cluster.until(lambda: replicas(cluster) == 3)
-        cluster.roll_out("llama-workers")
+        await three_workers(cluster, router)
         assert spared() is None
         router.in_flight = 11
         before = len(cluster.writes)

@@ -1,7 +1,7 @@
 """Which workers go first when a pool shrinks: those with the least to lose.
 
-Order: those that the routers were told to spare already, then fewest requests in flight, then least cache value (what its cached tokens would cost to prefill again), then the
-youngest, then the name. The choice is handed to the ReplicaSet as the annotation
+Order: those that the routers were told to spare already, then fewest requests in flight, then least cache value (what its cached
+tokens would cost to prefill again), then the youngest, then the name. The choice is handed to the ReplicaSet as the annotation
 `controller.kubernetes.io/pod-deletion-cost`: among ready pods the lowest goes first; pods that are not ready go before
 all others whatever their cost. Kubernetes asks not to update the annotation all the time, so only victims are marked,
 right before `replicas` is lowered, and only what differs is written.

@@ -47,8 +47,8 @@ TOKEN_PRIOR: Final = 4096.0
 DEFAULT_OUTPUT_TOKENS: Final = 256.0
 OUTPUT_PRIOR_SAMPLES: Final = 8.0
 OUTPUT_EDGES = tuple(2**power for power in range(13))
-EDGES: Final = len(OUTPUT_EDGES)
 """The distribution of output lengths is known at 1, 2, 4 … 4096 tokens."""
+EDGES: Final = len(OUTPUT_EDGES)
 MAX_TENANTS: Final = 4096
 
 

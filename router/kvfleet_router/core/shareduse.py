@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from kvfleet_router.core.sharewire import MAX_USED
+
 USED_S = 0.02
-MAX_KEYS = 100
-"""In one message."""
 MAX_KNOWN_KEYS = 65_536
 """That one peer may speak of."""
 
@@ -46,7 +46,7 @@ class SharedUse:
         self._waiting.update(self._usage.changed_use())
         names, waiting = list(self._waiting), self._waiting
         self._waiting = {}
-        return [{name: waiting[name] for name in names[at : at + MAX_KEYS]} for at in range(0, len(names), MAX_KEYS)]
+        return [{name: waiting[name] for name in names[at : at + MAX_USED]} for at in range(0, len(names), MAX_USED)]
 
     def hear(self, sender: int, used: dict[str, Used], *, from_its_start: bool) -> None:
         """`from_its_start`: the sender has been heard since it began, so what it never spoke of was nothing."""

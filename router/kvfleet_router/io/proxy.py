@@ -75,7 +75,9 @@ class Proxy:
         speed: float = 1.0,
     ) -> None:
         self.dispatcher = dispatcher
-        self.dispatcher_tick: Callable[[], float | None] = dispatcher.tick
+        self.dispatcher_tick: Callable[[], float | None] = (
+            dispatcher.tick
+        )  # kept apart: a compiled method cannot be replaced
         self.upstreams = upstreams
         self.metrics = metrics
         self.models = models

@@ -260,9 +260,8 @@ def _stalled(arrival: Arrival, own: float, spare: float, worker: Worker, now: fl
     stalled = worker.pending * (share(1.0 + more) - arrival.outputs.shares[0])
     backlog, prefill_seconds, step = worker.backlog_s, worker.prefill_seconds, worker.step_now_s
     running = min(now - worker.head_since, worker.head_prefill_s) if backlog else 0.0
-    for since, prefilled in worker.decoding_since[
-        : -YOUNG - 1 : -1
-    ]:  # a decision's innermost loop: locals, no min and max
+    # A decision's innermost loop: locals, no min and max.
+    for since, prefilled in worker.decoding_since[: -YOUNG - 1 : -1]:
         suffered = prefill_seconds - prefilled
         safe = 1.0 + (suffered + backlog) / spare
         decoded = now - since - suffered - running

@@ -3,7 +3,7 @@
 import pytest
 
 from kvfleet_router.core.ratelimit import Account, Limits, OverLimit
-from kvfleet_router.core.shareduse import MAX_KEYS, USED_S, SharedUse
+from kvfleet_router.core.shareduse import USED_S, SharedUse
 from kvfleet_router.core.sharewire import EVERYONE, MAX_USED, Body, Garbled, body_of, encode
 
 
@@ -89,11 +89,11 @@ def test_keys_without_limits_and_unknown_ones_are_nobodys_business():
 
 
 def test_telling_is_rare_and_in_portions():
-    keys = Keys(*(f"k{n}" for n in range(MAX_KEYS + 1)), requests_per_minute=5)
+    keys = Keys(*(f"k{n}" for n in range(MAX_USED + 1)), requests_per_minute=5)
     use = SharedUse(keys)
     for account in keys.accounts.values():
         account.admit(0, 0.0)
-    assert [len(portion) for portion in use.to_tell(0.0)] == [MAX_KEYS, 1]
+    assert [len(portion) for portion in use.to_tell(0.0)] == [MAX_USED, 1]
     keys.accounts["k0"].admit(0, 0.0)
     assert use.to_tell(USED_S / 2) == []
     assert use.to_tell(USED_S) == [{"k0": (2.0, 0.0)}]
