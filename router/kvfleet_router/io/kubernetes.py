@@ -223,26 +223,29 @@ class KubernetesSource(ConfigSource):
         """Tell the sink the workers of the pools behind `services` (None: of all), where they changed."""
         if self._served is None or self._slices is None:
             return
+        now_s = time.time()  # one reading: a wish is over for all that follows, or will be looked at again
+        if self._drains.end(now_s):
+            services = None
         for pool in self._served.pools:
             if pool.service is None or pool.endpoints or (services is not None and pool.service not in services):
                 continue
             readiness = self._readiness[pool.name]
             found = readiness.judge(workers(self._slices.objects.values(), pool.service), time.monotonic())
-            if draining := self._drains.of(pool.name, time.time()):
+            if draining := self._drains.of(pool.name, now_s):
                 found = [replace(worker, draining=True) if worker.name in draining else worker for worker in found]
             if found != self._given.get(pool.name):
                 self._given[pool.name] = found
                 self._sink.take_endpoints(pool.name, found)
                 _log_workers(pool.name, found, readiness.doubted)
-        self._look_again_later()
+        self._look_again_later(now_s)
 
-    def _look_again_later(self) -> None:
+    def _look_again_later(self, now_s: float) -> None:
         """When the next doubt or the next wish to drain a worker ends."""
         if self._look_again is not None:
             self._look_again.cancel()
         doubts = [readiness.due for readiness in self._readiness.values() if readiness.due is not None]
         ends = [due - time.monotonic() for due in doubts]
-        if (ends_in_s := self._drains.ends_in_s(time.time())) is not None:
+        if (ends_in_s := self._drains.ends_in_s(now_s)) is not None:
             ends.append(ends_in_s)
         delay_s = min(ends, default=None)
         loop = asyncio.get_running_loop()

@@ -45,6 +45,13 @@ class Drains:
             }
         return before != self._wishes
 
+    def end(self, now_s: float) -> bool:
+        """Forget the wishes that are over at Unix time `now_s`. True: there were some, so workers may be used again."""
+        left = {pool: wish for pool, wish in self._wishes.items() if now_s < wish.until}
+        ended = len(left) < len(self._wishes)
+        self._wishes = left
+        return ended
+
     def of(self, pool: str, now_s: float) -> frozenset[str]:
         """Names of the pool's workers that should get nothing new, at Unix time `now_s`."""
         wish = self._wishes.get(pool)

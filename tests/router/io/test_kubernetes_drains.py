@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from itertools import chain, repeat
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from followers import Cluster, in_pool, served
 from scripted import Bench, eventually
 
 from kvfleet_api.fleetconfig import DRAINING_ANNOTATION
+from kvfleet_router.io import kubernetes
 from kvfleet_router.io.kubernetes_drains import MAX_AHEAD_S, Drains
 
 
@@ -30,6 +33,15 @@ def test_a_wish_holds_until_it_ends_or_is_taken_back() -> None:
     assert drains.ends_in_s(200.0) is None
     assert drains.take(None, 120.0)
     assert drains.of("a", 121.0) == frozenset()
+
+
+def test_a_wish_that_is_over_is_told_of_once() -> None:
+    drains = Drains()
+    drains.take(wish(200.0, "w-0"), 100.0)
+    assert not drains.end(199.9)
+    assert drains.end(200.0)
+    assert not drains.end(201.0)
+    assert drains.of("a", 150.0) == frozenset()
 
 
 def test_a_clock_far_ahead_does_not_drain_a_worker_for_ever() -> None:
@@ -78,3 +90,18 @@ async def test_requests_keep_away_from_it_at_once_and_come_back_when_it_is_calle
     api.put(CONFIG_MAPS, annotated(wish(time.time() + 60, "w-0", pool="static")))
     await eventually(lambda: draining() == ["w-0"])
     assert {await served(bench, app) for _ in range(8)} == {"w-1"}, "it gets requests again"
+
+
+async def test_a_wish_that_ends_while_workers_are_looked_at_is_over_all_the_same(
+    cluster: Cluster, api: FakeApi, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = await bench.worker()
+    until = time.time() + 60
+    api.put(CONFIG_MAPS, annotated(wish(until, "w-0", pool="static")))
+    api.put(SLICES, endpoint_slice("w-0", worker.port))
+    app = await cluster.router()
+    await eventually(lambda: [each.endpoint.draining for each in app.dispatcher.workers()] == [True])
+    readings = chain([until - 0.001], repeat(until + 1))  # the first is just before the end
+    monkeypatch.setattr(kubernetes, "time", SimpleNamespace(time=lambda: next(readings), monotonic=time.monotonic))
+    api.put(SLICES, endpoint_slice("w-1", worker.port))
+    await eventually(lambda: [each.endpoint.draining for each in app.dispatcher.workers()] == [False, False])
