@@ -114,6 +114,7 @@ async def test_routers_are_told_who_will_go_before_and_nobody_once_it_is_over(cl
     async with running(login, scaling=FAST):
         put_fleet(cluster, make, router.port, **window)
         await three_workers(cluster, router)
+        await cluster.until(lambda: cluster.get("ConfigMap", "router"))
         assert spared() is None
         router.in_flight = 11
         before = len(cluster.writes)
