@@ -26,7 +26,6 @@ import argparse
 import contextlib
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -39,6 +38,8 @@ from pathlib import Path
 from typing import Any
 
 from dataplane_peers import Router, compiled, kvfleet, peers
+
+from kvfleet.local import free_ports
 
 HERE = Path(__file__).resolve().parent
 PEERS = HERE.parent / "out" / "peers"
@@ -78,14 +79,6 @@ def build(directory: Path) -> None:
     for name in ("worker", "load"):
         source = HERE / "c" / f"{name}.c"
         subprocess.run(["cc", "-O2", "-o", str(directory / name), str(source)], check=True)
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 @contextlib.contextmanager

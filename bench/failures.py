@@ -26,9 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from dataplane import free_ports, resident_mib, running
+from dataplane import resident_mib, running
 from dataplane_peers import Router, peers, urls
 
+from kvfleet.local import free_ports
 from kvfleet_api.compile import static_fleet
 
 MODEL = "bench"

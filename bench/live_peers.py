@@ -22,7 +22,7 @@ from pathlib import Path
 from dataplane_peers import Router, peers
 from live_fleet import FLEET, Measured, Setting, measured, running, send, setting
 
-from kvfleet.local import LocalFleet, free_port
+from kvfleet.local import LocalFleet, free_ports
 
 OURS = ("kvfleet", "least_request")
 START_TIMEOUT_S = 60.0
@@ -62,8 +62,8 @@ async def run(made: Setting, peer: Router | None, strategy: str, speed: float) -
 @contextlib.contextmanager
 def started(peer: Router, fleet: LocalFleet, directory: Path) -> Iterator[str]:
     """The peer's process in front of the fleet's workers; its URL."""
-    port = free_port()
-    command = peer.command(port, free_port(), [worker.port for worker in fleet.workers], directory)
+    port, admin_port = free_ports(2)
+    command = peer.command(port, admin_port, [worker.port for worker in fleet.workers], directory)
     with (directory / "peer.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
     try:

@@ -26,7 +26,7 @@ from pathlib import Path
 import httpx
 from live_fleet import Setting, measured, running, setting
 
-from kvfleet.local import HOST, free_port
+from kvfleet.local import HOST, free_ports
 from kvfleet.replay import Outcome, replay
 from kvfleet_api.fleetconfig import FLEET_CONFIG_KEY, FleetConfig
 
@@ -94,7 +94,7 @@ async def routers(variant: Variant, config: FleetConfig, directory: Path, speed:
     async with contextlib.AsyncExitStack() as stack:
         options = ["--config", str(path), "--host", HOST, "--speed", str(speed), "--processes", str(variant.processes)]
         if variant.redis:
-            port = free_port()
+            [port] = free_ports(1)
             program = shutil.which("redis-server")
             assert program is not None
             arguments = ("--port", str(port), "--bind", HOST, "--save", "")
@@ -102,7 +102,7 @@ async def routers(variant: Variant, config: FleetConfig, directory: Path, speed:
             options += ["--redis-url", f"redis://{HOST}:{port}"]
         urls, admin_ports = [], []
         for number in range(variant.routers):
-            port, admin_port = free_port(), free_port()
+            port, admin_port = free_ports(2)
             command = (sys.executable, "-m", "kvfleet", "router", *options)
             ports = ("--port", str(port), "--admin-port", str(admin_port))
             await stack.enter_async_context(process(*command, *ports, log=directory / f"router-{number}.log"))

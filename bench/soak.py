@@ -36,9 +36,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from dataplane import free_ports, resident_mib
+from dataplane import resident_mib
 from dataplane_peers import urls
 
+from kvfleet.local import free_ports
 from kvfleet_api.compile import static_fleet
 
 MODEL = "soak"

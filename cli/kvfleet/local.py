@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import ctypes
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -35,6 +36,8 @@ HOST = "127.0.0.1"
 PROFILE_LABEL = "kvfleet.io/accelerator-profile"
 POOL_LABEL = "kvfleet.io/pool"
 LOG_TAIL_LINES = 20
+PORTS = (20_000, 32_768)
+"""From, and up to but without: ports to listen at."""
 
 
 class LocalFleetError(RuntimeError):
@@ -95,12 +98,12 @@ class LocalFleet:
         engines = [
             obj for obj in self.objects if obj["kind"] == "Deployment" and _command(obj)[:2] == ["vllm", "serve"]
         ]
-        for deployment in engines:
-            for index in range(deployment["spec"].get("replicas", 1)):
-                self.workers.append(self._worker(deployment, index))
+        wanted = [(each, index) for each in engines for index in range(each["spec"].get("replicas", 1))]
+        ports = free_ports(3 * len(wanted) + 2)
+        self.workers = [self._worker(*each, *ports[2 + 3 * n : 5 + 3 * n]) for n, each in enumerate(wanted)]
         for worker in self.workers:
             self._spawn(worker)
-        self.router = self._router()
+        self.router = self._router(self.port or ports[0], ports[1])
         self._spawn(self.router)
         await asyncio.gather(*(self._ready(process) for process in [*self.workers, self.router]))
 
@@ -126,10 +129,9 @@ class LocalFleet:
     def _profile_path(self, name: str) -> Path:
         return self.directory / f"profile-{name}.yaml"
 
-    def _worker(self, deployment: dict[str, Any], index: int) -> LocalProcess:
+    def _worker(self, deployment: dict[str, Any], index: int, port: int, events: int, replay: int) -> LocalProcess:
         labels = deployment["spec"]["template"]["metadata"]["labels"]
         name = f"{deployment['metadata']['name']}-{index}"
-        port, events, replay = free_port(), free_port(), free_port()
         args = [_expanded(arg, name) for arg in _command(deployment)[2:]]
         args = _with_option(args, "--port", str(port))
         args = _with_option(args, "--host", HOST)
@@ -162,12 +164,11 @@ class LocalFleet:
         modules = [orjson.dumps({"name": name, "path": uri}).decode() for name, uri in listed.items()]
         return ["--lora-modules", *modules] if modules else []
 
-    def _router(self) -> LocalProcess:
+    def _router(self, port: int, admin_port: int) -> LocalProcess:
         config_map = next(o for o in self.objects if o["kind"] == "ConfigMap" and FLEET_CONFIG_KEY in o.get("data", {}))
         config = self._with_workers(FleetConfig.model_validate_json(config_map["data"][FLEET_CONFIG_KEY]))
         path = self.directory / FLEET_CONFIG_KEY
         path.write_text(config.to_json())
-        port, admin_port = self.port or free_port(), free_port()
         argv = ["router", "--config", str(path), "--host", HOST, "--port", str(port)]
         argv += ["--admin-port", str(admin_port), "--speed", str(self.speed)]
         return LocalProcess("router", argv, port, "/readyz", admin_port, self.directory / "router.log")
@@ -246,11 +247,22 @@ def _endpoint(worker: LocalProcess) -> Endpoint:
     )
 
 
-def free_port() -> int:
-    """A TCP port of the loopback that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
+def free_ports(count: int) -> list[int]:
+    """Distinct TCP ports of the loopback that were free a moment ago.
+
+    From below the range that Linux and macOS take for outgoing connections: a client's connection, made before the port is
+    listened at, could otherwise have it.
+    """
+    ports: list[int] = []
+    with contextlib.ExitStack() as held:
+        for port in random.sample(range(*PORTS), PORTS[1] - PORTS[0]):
+            if len(ports) == count:
+                return ports
+            probe = held.enter_context(socket.socket())
+            with contextlib.suppress(OSError):
+                probe.bind((HOST, port))
+                ports.append(port)
+    raise LocalFleetError(f"no {count} free ports from {PORTS[0]} to {PORTS[1] - 1} at {HOST}: end what listens there")
 
 
 def tail(log: Path) -> str:

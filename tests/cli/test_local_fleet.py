@@ -1,11 +1,13 @@
 """What the operator renders, as local processes."""
 
+import socket
 from pathlib import Path
 
 import httpx
 import pytest
 
-from kvfleet.local import LocalFleet
+from kvfleet import local
+from kvfleet.local import HOST, LocalFleet, LocalFleetError, free_ports
 from kvfleet_api.manifests import bundled_profiles, parse
 from kvfleet_operator.render import render
 
@@ -32,3 +34,17 @@ async def test_models_and_adapters_are_served_by_the_router(tmp_path: Path, mode
         body = {"model": model, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 3}
         answer = await client.post(f"http://127.0.0.1:{fleet.router.port}/v1/chat/completions", json=body)
         assert answer.json()["model"] == model
+
+
+def test_no_port_is_handed_out_twice() -> None:
+    ports = free_ports(2000)
+    assert len(set(ports)) == 2000
+
+
+def test_ports_in_use_are_left_out_and_the_lack_of_any_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        [port] = free_ports(1)
+        taken.bind((HOST, port))
+        monkeypatch.setattr(local, "PORTS", (port, port + 1))
+        with pytest.raises(LocalFleetError, match=f"no 1 free ports from {port} to {port} at {HOST}"):
+            free_ports(1)

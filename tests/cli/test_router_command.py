@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 
-from kvfleet.local import HOST, free_port
+from kvfleet.local import HOST, free_ports
 
 ROOT = Path(__file__).parents[2]
 MODEL = "llama-8b"
@@ -52,7 +52,7 @@ def answers(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
 
 @pytest.fixture
 def fleet(tmp_path: Path) -> Iterator[Fleet]:
-    worker_port, port, admin_port = free_port(), free_port(), free_port()
+    worker_port, port, admin_port = free_ports(3)
     worker_url = f"http://{HOST}:{worker_port}"
     worker_log, router_log = tmp_path / "worker.log", tmp_path / "router.log"
     worker = start(
