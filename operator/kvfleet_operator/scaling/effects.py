@@ -47,8 +47,15 @@ class Effects:
 
     async def bring_about(self, pool: ScaledPool, result: PoolResult, now: datetime) -> bool:
         """Scale and report. True where `replicas` was written. Raises ApiError."""
-        await self._spare(pool, result, now)
-        scaled = await self._scale(pool, result, now)
+        going = max(pool.workers.wanted - result.decision.desired, 0) + result.decision.leaving
+        candidates: Sequence[Candidate] = ()
+        try:
+            candidates = await self._candidates(pool, now) if going else ()
+            await self._spare(pool, going, candidates, now)
+        except ApiError as error:
+            self._spared.forget(pool.scope.namespace, pool.scope.pool)
+            logger.warning("%s: the routers could not be told which workers will go: %s", pool.name, error)
+        scaled = await self._scale(pool, result, candidates, now)
         await self._report(pool, result, scaled, now)
         return scaled
 
@@ -58,12 +65,14 @@ class Effects:
 
     # Scaling
 
-    async def _scale(self, pool: ScaledPool, result: PoolResult, now: datetime) -> bool:
+    async def _scale(
+        self, pool: ScaledPool, result: PoolResult, candidates: Sequence[Candidate], now: datetime
+    ) -> bool:
         current, desired = pool.workers.wanted, result.decision.desired
         if desired == current:
             return False
         if desired < current and pool.workload["kind"] == "Deployment":
-            await self._mark_victims(pool, current - desired, now)
+            await self._mark_victims(pool, current - desired, candidates)
         if not await self._write_replicas(pool, desired):
             return False
         logger.info("%s: %s", pool.name, result.decision.message)
@@ -106,30 +115,21 @@ class Effects:
             live = fresh
         return False
 
-    async def _spare(self, pool: ScaledPool, result: PoolResult, now: datetime) -> None:
+    async def _spare(self, pool: ScaledPool, going: int, candidates: Sequence[Candidate], now: datetime) -> None:
         """Tell the routers who is to go now or soon, where that changed."""
-        going = max(pool.workers.wanted - result.decision.desired, 0) + result.decision.leaving
         namespace, now_s = pool.scope.namespace, now.timestamp()
-        try:
-            victims = await self._to_go(pool, going, now) if going else []
-            if not self._spared.want(namespace, pool.scope.pool, victims, now_s):
-                return
-            told = {DRAINING_ANNOTATION: self._spared.annotation(namespace, now_s)}
-            for router in self._world.routers(namespace):
-                await self._api.annotate(CONFIG_MAP, namespace, names.bounded(router.metadata.name), told)
-        except ApiError as error:
-            self._spared.forget(namespace, pool.scope.pool)
-            logger.warning("%s: the routers could not be told which workers will go: %s", pool.name, error)
-
-    async def _to_go(self, pool: ScaledPool, count: int, now: datetime) -> list[str]:
-        candidates = await self._candidates(pool, now)
         if pool.workload["kind"] == "Deployment":
-            return choose_victims(candidates, count)
-        return highest_indices([candidate.pod for candidate in candidates], count)
+            victims = choose_victims(candidates, going)
+        else:
+            victims = highest_indices([candidate.pod for candidate in candidates], going)
+        if not self._spared.want(namespace, pool.scope.pool, victims, now_s):
+            return
+        told = {DRAINING_ANNOTATION: self._spared.annotation(namespace, now_s)}
+        for router in self._world.routers(namespace):
+            await self._api.annotate(CONFIG_MAP, namespace, names.bounded(router.metadata.name), told)
 
-    async def _mark_victims(self, pool: ScaledPool, count: int, now: datetime) -> None:
+    async def _mark_victims(self, pool: ScaledPool, count: int, candidates: Sequence[Candidate]) -> None:
         try:
-            candidates = await self._candidates(pool, now)
             for name, cost in deletion_costs(candidates, count).items():
                 await self._api.annotate(POD, pool.scope.namespace, name, {DELETION_COST: cost})
         except ApiError as error:
