@@ -131,8 +131,8 @@ def router(
     in_cluster = kubernetes or kubeconfig is not None
     if in_cluster and (filename or workers):
         raise UsageError("--kubernetes: pools and workers are read from the cluster: leave -f and --workers out")
-    if processes > 1 and ("," in host or host.startswith("unix:")):
-        raise UsageError("--host: several processes share one address with a port: give one, or leave --processes out")
+    if admin_host is None and "unix:" in host:
+        raise UsageError("--host has a Unix socket: say with --admin-host where the admin port shall be (127.0.0.1)")
     if otlp_endpoint is not None and not otlp_endpoint.startswith(("http://", "https://")):
         raise UsageError(f"--otlp-endpoint {otlp_endpoint}: give a URL such as http://localhost:4318")
     if filename and config is not None:

@@ -137,7 +137,7 @@ class RouterApp:
     # Life
 
     async def start(self) -> None:
-        """Listen, and follow the configuration source. Raises OSError where a port cannot be had."""
+        """Listen, and follow the configuration source. Raises OSError where a port cannot be had; nothing listens or runs then."""
         self.upstreams = Upstreams(self._trust)
         self.proxy = Proxy(
             self.dispatcher,
@@ -154,7 +154,18 @@ class RouterApp:
         handler = self.proxy if self._api_keys is None else Authenticator(self.proxy, self._api_keys)
         self.server = Server(Gate(handler, lambda: self._source.unready), limits)
         self.admin_server = Server(Admin(self.dispatcher, self.loaded, self._registry(), lambda: self.unready), limits)
-        await self._listen()
+        try:
+            await self._listen()
+            self._run()
+        except BaseException:  # what listens or runs by now would keep the process, and its callers, waiting
+            await self.stop(0.0)
+            raise
+        self._unready = ""
+        admin = self._admin_path or addresses_text(self.admin_host, self.admin_port)
+        log.info("serving on %s, admin on %s", addresses_text(self.host, self.port), admin)
+
+    def _run(self) -> None:
+        """All that goes on beside requests."""
         self.proxy.start()
         if self.sharer is not None:
             self.sharer.start()
@@ -171,9 +182,6 @@ class RouterApp:
             self._follow(self.tracer.run())
         if self._trust.path is not None:
             self._follow(WatchedFiles(self._trust.path).follow(self._trust.reload))
-        self._unready = ""
-        admin = self._admin_path or addresses_text(self.admin_host, self.admin_port)
-        log.info("serving on %s, admin on %s", addresses_text(self.host, self.port), admin)
 
     async def _listen(self) -> None:
         if self._admin_path is not None:
@@ -183,7 +191,8 @@ class RouterApp:
         tls = None if self._certificate is None else self._certificate.context
         if self._listeners:
             await self.server.listen_on(self._listeners, tls=tls)
-            self.port = int(self._listeners[0].getsockname()[1])
+            ports = [int(sock.getsockname()[1]) for sock in self._listeners if sock.family != socket.AF_UNIX]
+            self.port = ports[0] if ports else self.port
         else:
             self.port = await self.server.listen(self.host, self.port, tls=tls)
 
@@ -376,28 +385,36 @@ def run_router(
             admin_path=None if place is None else place.admin_path,
         )
 
-    def run(place: Place | None) -> None:
+    def run(place: Place | None) -> int:
         app = build(place)
         gc.collect()
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
         uvloop.run(serve(app))
+        return 0
 
-    try:
-        if processes == 1:
-            run(None)
-            return 0
+    def run_all() -> int:
         build(None)  # what is wrong with it is said once, and before there are any processes
         gc.collect()
         gc.freeze()  # what is there by now stays as it is: the processes share its memory
         return run_processes(
-            run,
+            lambda place: _plainly(lambda: run(place)),
             processes,
-            address=(host, port),
-            admin_address=(admin_host, admin_port),
+            host=host,
+            port=port,
+            admin_host=admin_host,
+            admin_port=admin_port,
             redis=redis,
             limits=config.limits,
         )
+
+    return _plainly(run_all if processes > 1 else lambda: run(None))
+
+
+def _plainly(run: Callable[[], int]) -> int:
+    """Its exit code; what keeps a router from being started is said in words, not shown as a traceback."""
+    try:
+        return run()
     except (ConfigError, CertificateRejected, KeysRejected, BadRedis) as error:
         log.error("the router cannot be started: %s", error)
         return 2

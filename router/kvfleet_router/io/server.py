@@ -13,7 +13,7 @@ from typing import Protocol, cast
 from kvfleet_api.fleetrouter import LimitsSpec
 from kvfleet_router.io.connection import ANSWERING, ClientConnection
 from kvfleet_router.io.request import Request
-from kvfleet_router.io.sockets import probe_silent_peer
+from kvfleet_router.io.sockets import bind_unix, probe_silent_peer
 
 BACKLOG = 4096
 TLS_HANDSHAKE_TIMEOUT_S = 15.0
@@ -73,8 +73,10 @@ class Server:
 
     async def listen_on(self, sockets: Sequence[socket.socket], *, tls: ssl.SSLContext | None = None) -> None:
         """Start to accept on sockets that somebody else has bound."""
+        loop = asyncio.get_running_loop()
         for sock in sockets:
-            listener = await asyncio.get_running_loop().create_server(
+            create = loop.create_unix_server if sock.family == socket.AF_UNIX else loop.create_server
+            listener = await create(
                 lambda: cast(asyncio.Protocol, ClientConnection(self)),
                 sock=sock,
                 backlog=BACKLOG,
@@ -88,7 +90,7 @@ class Server:
         """Start to accept at a Unix socket; one that was left behind is replaced."""
         listener = await asyncio.get_running_loop().create_unix_server(
             lambda: cast(asyncio.Protocol, ClientConnection(self)),
-            sock=_bound(path),
+            sock=bind_unix(path),
             backlog=BACKLOG,
             ssl=tls,
             ssl_handshake_timeout=TLS_HANDSHAKE_TIMEOUT_S if tls else None,
@@ -129,19 +131,6 @@ class Server:
         self.connections.discard(connection)
         if not self.connections:
             self._empty.set()
-
-
-def _bound(path: Path) -> socket.socket:
-    """A Unix socket there. Raises OSError that names the path."""
-    if path.is_socket():
-        path.unlink()
-    sock = socket.socket(socket.AF_UNIX)
-    try:
-        sock.bind(str(path))
-    except OSError as error:
-        sock.close()
-        raise OSError(error.errno, f"{path}: {error.strerror}") from error
-    return sock
 
 
 def addresses_text(host: str, port: int) -> str:

@@ -1,12 +1,33 @@
-"""Socket options against peers that vanish without a word: a node that lost power, a cut cable, a forgotten NAT entry."""
+"""Sockets at paths, and socket options against peers that vanish without a word: a node that lost power, a cut cable, a
+forgotten NAT entry."""
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
+from pathlib import Path
 
 IDLE_S, INTERVAL_S, PROBES = 15, 5, 3
 UNACKNOWLEDGED_MS = 30_000
 """How long a worker may leave sent bytes unacknowledged: far less than any answer's time limit."""
+MAX_UNIX_PATH_BYTES = 107
+"""The kernel's `sun_path`, less its closing zero."""
+
+
+def bind_unix(path: Path, kind: int = socket.SOCK_STREAM) -> socket.socket:
+    """A Unix socket there; one that was left behind is replaced. Raises OSError that names the path."""
+    if len(os.fsencode(path)) > MAX_UNIX_PATH_BYTES:
+        raise OSError(errno.ENAMETOOLONG, f"{path}: a socket's path has {MAX_UNIX_PATH_BYTES} bytes at most")
+    sock = socket.socket(socket.AF_UNIX, kind)
+    try:
+        if path.is_socket():
+            path.unlink()
+        sock.bind(str(path))
+    except OSError as error:
+        sock.close()
+        raise OSError(error.errno, f"{path}: {error.strerror}") from error
+    return sock
 
 
 def probe_silent_peer(sock: socket.socket) -> None:

@@ -1,7 +1,8 @@
 """Keeps processes running: starts them, starts those that die again, ends them in order. Synchronous, without an event loop.
 
 The supervisor does nothing else, so that forking it is safe at any time, and nothing that goes wrong in a process goes wrong
-here. A process that dies is started again at once; one that keeps dying, after pauses that grow to MAX_PAUSE_S.
+here. A process that dies is started again at once; one that keeps dying, after pauses that grow to MAX_PAUSE_S. Where all those
+that serve keep dying, it gives up: whoever started it shall see that.
 
 On SIGTERM or SIGINT all processes get SIGTERM, those of an order later when the ones before have ended; another signal is
 passed on (routers cut what is left). Should the supervisor itself be killed, the kernel sends them SIGTERM (on Linux).
@@ -27,6 +28,8 @@ log = logging.getLogger("kvfleet.router")
 SOUND_S = 10.0
 """A process that lived for so long was started well."""
 MIN_PAUSE_S, MAX_PAUSE_S = 0.1, 5.0
+MAX_FAILURES = 8
+"""So many times in a row, with all pauses about 7 s, each of those that serve may die."""
 TICK_S = 0.5
 _PR_SET_PDEATHSIG = 1
 
@@ -56,9 +59,12 @@ class Supervisor:
         self._on_leaving = on_leaving
         self._signals: list[int] = []
         self._leaving = False
+        self._ending: set[int] = set()
+        """Processes that were told to end."""
+        self._exit_code = 0
 
-    def run(self) -> None:
-        """Until all have ended after a signal."""
+    def run(self) -> int:
+        """Until all have ended after a signal (0), or until it gave up (1)."""
         reader, writer = socket.socketpair()
         reader.setblocking(False)
         writer.setblocking(False)
@@ -72,9 +78,9 @@ class Supervisor:
                 self._reap()
                 self._obey()
                 if self._leaving and not any(task.pid for task in self._tasks):
-                    return
+                    return self._exit_code
                 self._restart()
-                select.select([reader], [], [], TICK_S)
+                select.select([reader], [], [], self._pause_s())
                 with contextlib.suppress(BlockingIOError):
                     reader.recv(4096)
         finally:
@@ -92,9 +98,7 @@ class Supervisor:
         while self._signals:
             self._signals.pop()
             if not self._leaving:
-                self._leaving = True
-                self._on_leaving()
-                self._ending: set[int] = set()
+                self._leave()
             else:
                 self._ending.clear()  # once more
         if self._leaving:
@@ -104,6 +108,10 @@ class Supervisor:
                 if task.order == first and task.pid not in self._ending:
                     self._ending.add(task.pid)
                     os.kill(task.pid, signal.SIGTERM)
+
+    def _leave(self) -> None:
+        self._leaving = True
+        self._on_leaving()
 
     def _reap(self) -> None:
         for task in self._tasks:
@@ -116,30 +124,43 @@ class Supervisor:
             if self._leaving:
                 continue
             code = os.waitstatus_to_exitcode(status)
-            now = time.monotonic()
-            task.failures = 1 if now - task.started_at > SOUND_S else task.failures + 1
-            pause_s = 0.0 if task.failures == 1 else min(MIN_PAUSE_S * 2.0 ** (task.failures - 2), MAX_PAUSE_S)
-            task.restart_at = now + pause_s
-            log.error(
-                "%s ended (%s): it is started again%s",
-                task.name,
-                f"signal {-code}" if code < 0 else f"exit code {code}",
-                f" in {pause_s:g} s" if pause_s else "",
-            )
-            if task.failures > 1:
-                task.on_failure()
+            self._failed(task, f"ended ({f'signal {-code}' if code < 0 else f'exit code {code}'})")
+        now = time.monotonic()
+        if not self._leaving and all(_keeps_dying(task, now) for task in self._tasks if not task.order):
+            log.error("all processes keep ending, %d times each: the errors above say why", MAX_FAILURES)
+            self._exit_code = 1
+            self._leave()
+
+    def _failed(self, task: Task, how: str) -> None:
+        now = time.monotonic()
+        task.failures = 1 if now - task.started_at > SOUND_S else task.failures + 1
+        pause_s = 0.0 if task.failures == 1 else min(MIN_PAUSE_S * 2.0 ** (task.failures - 2), MAX_PAUSE_S)
+        task.restart_at = now + pause_s
+        log.error("%s %s: it is started again%s", task.name, how, f" in {pause_s:g} s" if pause_s else "")
+        if task.failures > 1:
+            task.on_failure()
 
     def _restart(self) -> None:
         for task in self._tasks:
             if not self._leaving and not task.pid and time.monotonic() >= task.restart_at:
                 self._start(task)
 
+    def _pause_s(self) -> float:
+        """Until the next is to be started again, TICK_S at most."""
+        now = time.monotonic()
+        due = [] if self._leaving else [task.restart_at - now for task in self._tasks if not task.pid]
+        return max(min([TICK_S, *due]), 0.0)
+
     def _start(self, task: Task) -> None:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         parent = os.getpid()
         task.started_at = time.monotonic()
-        task.pid = os.fork()
+        try:
+            task.pid = os.fork()
+        except OSError as error:  # no memory, or too many processes, for now
+            self._failed(task, f"cannot be started ({error.strerror})")
+            return
         if task.pid:
             return
         code = 70
@@ -149,6 +170,8 @@ class Supervisor:
             code = 0
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 1
+        except OSError as error:
+            log.error("%s failed: %s", task.name, error)
         except BaseException:
             log.exception("%s failed", task.name)
         finally:
@@ -157,6 +180,10 @@ class Supervisor:
                 with contextlib.suppress(OSError, ValueError):
                     stream.flush()
             os._exit(code)
+
+
+def _keeps_dying(task: Task, now: float) -> bool:
+    return task.failures >= MAX_FAILURES and not (task.pid and now - task.started_at > SOUND_S)
 
 
 def _become_child(parent: int) -> None:

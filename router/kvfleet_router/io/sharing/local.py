@@ -17,6 +17,7 @@ from prometheus_client.core import CounterMetricFamily, Metric
 
 from kvfleet_router.core.sharewire import MAX_MESSAGE_BYTES
 from kvfleet_router.io.sharing.sharer import PREFIX, Bus, Hear, connected
+from kvfleet_router.io.sockets import bind_unix
 
 MAX_WAITING = 512
 """Messages that wait for one process; the oldest go first."""
@@ -35,12 +36,11 @@ class LocalBus(Bus):
         self._lost = 0
 
     def start(self, hear: Hear) -> None:
+        """Raises OSError where the socket cannot be had."""
         self._hear = hear
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket = bind_unix(self._path, socket.SOCK_DGRAM)
         self._socket.setblocking(False)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
-        self._path.unlink(missing_ok=True)  # of a predecessor that died
-        self._socket.bind(str(self._path))
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._socket.fileno(), self._read)
 

@@ -6,69 +6,15 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
+from router_processes import MODEL, PATIENCE_S, Router, running, until
 
 from kvfleet_sim.config import parse
 from kvfleet_sim.server import Server
 
-PATIENCE_S = 30.0
-MODEL = "llama-8b"
 PROCESSES = 3
-
-
-async def until(found: Callable[[], Any]) -> Any:
-    """Wait until `found()` (or what it awaits to) is true; returns it."""
-    async with asyncio.timeout(PATIENCE_S):
-        while True:
-            result = found()
-            if asyncio.iscoroutine(result):
-                result = await result
-            if result:
-                return result
-            await asyncio.sleep(0.02)
-
-
-class Router:
-    """The processes, and what they say."""
-
-    def __init__(self, process: asyncio.subprocess.Process, port: int, admin_port: int) -> None:
-        self.process = process
-        self.url, self.admin = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{admin_port}"
-        self.client = httpx.AsyncClient(timeout=PATIENCE_S, trust_env=False)
-
-    def children(self) -> list[int]:
-        """Process ids, in the order they were started."""
-        pid = self.process.pid
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-    async def get(self, path: str) -> httpx.Response | None:
-        try:
-            return await self.client.get(self.admin + path)
-        except httpx.HTTPError:
-            return None
-
-    async def ready(self) -> bool:
-        answer = await self.get("/readyz")
-        return answer is not None and answer.status_code == 200
-
-    async def all_answer(self) -> bool:
-        answer = await self.get("/readyz")
-        return answer is not None and answer.status_code == 200 and answer.json()["processes"] == PROCESSES
-
-    async def ask(self, **fields: Any) -> httpx.Response:
-        """One request on a connection of its own."""
-        body = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 3, **fields}
-        async with httpx.AsyncClient(timeout=PATIENCE_S, trust_env=False) as client:
-            return await client.post(f"{self.url}/v1/chat/completions", json=body)
-
-    async def metric(self, name: str) -> float:
-        answer = await self.get("/metrics")
-        assert answer is not None
-        found = [line for line in answer.text.splitlines() if line.startswith(f"kvfleet_router_{name}")]
-        return sum(float(line.rpartition(" ")[2]) for line in found)
 
 
 @pytest.fixture
@@ -81,30 +27,9 @@ async def worker() -> AsyncIterator[Server]:
 
 @pytest.fixture
 async def router(worker: Server, tmp_path: Path, unused_tcp_port_factory: Callable[[], int]) -> AsyncIterator[Router]:
-    port, admin_port = unused_tcp_port_factory(), unused_tcp_port_factory()
-    with (tmp_path / "log").open("wb") as log:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "kvfleet", "router", "--host", "127.0.0.1", "--port", str(port),
-            "--workers", f"http://127.0.0.1:{worker.port}", "--admin-port", str(admin_port),
-            "--processes", str(PROCESSES), "--speed", "20", stderr=log, env={**os.environ, "TMPDIR": str(tmp_path)},
-        )  # fmt: skip
-    router = Router(process, port, admin_port)
-    try:
-        await until(router.all_answer)
+    arguments = ("--workers", f"http://127.0.0.1:{worker.port}", "--speed", "20")
+    async with running(tmp_path, unused_tcp_port_factory, *arguments, processes=PROCESSES) as router:
         yield router
-    finally:
-        await router.client.aclose()
-        if process.returncode is None:
-            process.terminate()
-            try:
-                async with asyncio.timeout(PATIENCE_S):
-                    await process.wait()
-            except TimeoutError:
-                process.kill()
-                await process.wait()
-                raise
-        left = [path for path in tmp_path.iterdir() if path.name.startswith("kvfleet-")]  # noqa: ASYNC240
-        assert not left, "it leaves nothing behind"
 
 
 async def test_all_processes_serve_and_one_admin_port_speaks_for_them(router: Router) -> None:
