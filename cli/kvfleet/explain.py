@@ -50,6 +50,8 @@ def explain_decision(decision: Mapping[str, Any]) -> RenderableType:
         if number:
             lines.append(_next_try(decision["tries"][number - 1]))
         lines.append(_candidates(made))
+    if decision["tries"]:
+        lines.append(_cache(decision))
     lines.append(_outcome(decision))
     return Group(*lines, "")
 
@@ -112,8 +114,6 @@ def _outcome(decision: Mapping[str, Any]) -> Text:
         text.append(f", TTFT {_ms(outcome['ttft_s'])}")
     if outcome.get("cached_tokens") is not None:
         text.append(f", {outcome['cached_tokens']:,} of {outcome['prompt_tokens']:,} prompt tokens from the cache")
-        if tries:
-            text.append(f" ({_expected_tokens(tries[-1])})", style="dim")
     if outcome.get("output_tokens") is not None:
         text.append(f", {outcome['output_tokens']:,} tokens")
     if outcome.get("detail"):
@@ -121,11 +121,29 @@ def _outcome(decision: Mapping[str, Any]) -> Text:
     return text
 
 
-def _expected_tokens(made: Mapping[str, Any]) -> str:
-    """What was expected of the cache, and by what: the engine's KV events, or the router's own routing."""
+WHY_GUESSED = {
+    "NoTokenizer": "no tokenizer is named",
+    "PrefixesNotUsed": "the strategy does not look at prefixes, or the policy switched them off",
+    "PolicyGuesses": "the policy's prefix.source is Approximate",
+    "EventsNotHeard": "the worker has told nothing yet",
+    "Loading": "the tokenizer was still being read",
+    "PredictionsMiss": "what was expected by KV events was not what engines reported",
+}
+"""In words, where the reason itself needs some."""
+
+
+def _cache(decision: Mapping[str, Any]) -> Text:
+    """What was expected of the worker's cache, by which index and why that one, and what the engine reported."""
+    made, outcome = decision["tries"][-1], decision["outcome"] or {}
     chosen = (candidate["cached_tokens"] for candidate in made["candidates"] if candidate["worker"] == made["worker"])
-    by = "by KV events" if made.get("cache_view") == "precise" else "by guess"
-    return f"expected {next(chosen, 0):,} {by}"
+    expected = f"{next(chosen, 0):,} tokens expected"
+    if made["cache_view"] == "precise":
+        text = f"exact, by KV events: {expected} ({made['guessed_cached_tokens']:,} by guess)"
+    else:
+        reason = made.get("cache_view_reason", "")
+        text = f"approximate, by what was sent where ({WHY_GUESSED.get(reason, reason)}): {expected}"
+    reported = outcome.get("cached_tokens")
+    return Text(f"  cache: {text}" + (f", {reported:,} reported" if reported is not None else ""), style="dim")
 
 
 def _number(value: float) -> str:

@@ -19,8 +19,8 @@ from kvfleet_api.common import Condition
 from kvfleet_api.modelpool import EnergyStatus, ModelPool
 
 TIMEOUT_S = 10
-SHOWN = ("ScalingActive", "EnergyTrusted", "Ready", "Progressing", "Accepted")
-"""Conditions that tell something about the number of workers, and whether joules steer."""
+SHOWN = ("ScalingActive", "EnergyTrusted", "CacheKnown", "Ready", "Progressing", "Accepted")
+"""Conditions that tell something about the number of workers, whether joules steer, and whether caches are known or guessed."""
 
 
 class PoolError(Exception):

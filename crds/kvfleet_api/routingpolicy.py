@@ -158,7 +158,7 @@ class RoutingPolicyStatus(LenientSchema):
     observed_generation: int | None = None
     """The generation of the spec that this status speaks about."""
     conditions: Conditions = []
-    """Ready, Accepted, ResolvedRefs, Conflicted, Programmed."""
+    """Ready, Accepted, ResolvedRefs, Conflicted, Programmed, CacheKnown."""
     programmed_by: Annotated[list[ProgrammedRouter], UniqueBy("pod"), Field(max_length=1000)] = []
     """Router replicas that serve with this policy."""
 

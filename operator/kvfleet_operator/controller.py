@@ -25,7 +25,7 @@ from kvfleet_api.routingpolicy import RoutingPolicy
 from kvfleet_operator.api import ApiError, NotLeader
 from kvfleet_operator.apply import Applier, OwnerGone
 from kvfleet_operator.metrics import Metrics
-from kvfleet_operator.reconcile import acceleratorprofile, conditions, fleetrouter, modelpool, routingpolicy
+from kvfleet_operator.reconcile import acceleratorprofile, cacheview, conditions, fleetrouter, modelpool, routingpolicy
 from kvfleet_operator.reconcile.conditions import Finding
 from kvfleet_operator.reconcile.dependents import KINDS, Key, dependents, key_of
 from kvfleet_operator.reconcile.plan import Applied, Manifest, Plan
@@ -172,7 +172,16 @@ class Controller:
         compiled = {config.name for config in self._world.fleet(namespace).config.policies}
         views = [fleetrouter.view(self._router_input(router)) for router in self._world.routers(namespace)]
         included = policy.metadata.name in compiled
-        return routingpolicy.status(policy, self._problems(policy), included, views, self._stamp())
+        caches = self._cache_known(policy)
+        return routingpolicy.status(policy, self._problems(policy), included, views, self._stamp(), caches)
+
+    def _cache_known(self, policy: RoutingPolicy) -> Finding | None:
+        namespace, named = policy.metadata.namespace, {ref.name for ref in policy.spec.pools}
+        pools = [
+            pool for pool in self._world.pools() if pool.metadata.namespace == namespace and pool.metadata.name in named
+        ]
+        found = {pool.metadata.name: cacheview.of_pool(pool, self._world.cache_views(pool)) for pool in pools}
+        return cacheview.of_policy(policy, found)
 
     def _profile(self, profile: AcceleratorProfile) -> dict[str, Any]:
         energies = self._world.pool_energies(profile.metadata.name)

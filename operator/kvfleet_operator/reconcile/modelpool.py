@@ -178,10 +178,7 @@ def _cache_known(given: PoolInput, before: Sequence[Condition]) -> list[Finding]
     """Of pools that name a tokenizer, or did."""
     if given.pool.spec.model.tokenizer is None and all(condition.type != cacheview.TYPE for condition in before):
         return []
-    if given.pool.spec.model.tokenizer is not None and not given.pool.spec.engine.kv_events.enabled:
-        message = "spec.engine.kvEvents.enabled is false: engines do not tell what they cache"
-        return [Finding(cacheview.TYPE, "False", "EventsDisabled", message)]
-    return [cacheview.finding(given.cache_views)]
+    return [cacheview.of_pool(given.pool, given.cache_views)]
 
 
 def _energy(given: PoolInput) -> dict[str, Any] | None:

@@ -2,7 +2,7 @@
 
 Conditions: `Accepted` (some pool can serve it), `ResolvedRefs` (all pools and models exist), `Conflicted` (another policy
 takes requests it asks for), `Programmed` (every router replica serves with this very generation of it, as compiled now),
-`Ready`. A change of anything else in the fleet, or a configuration that routers refuse for another policy's sake, does not
+`CacheKnown` (routers know what its pools' workers cache; where it asks for that, and no part of `Ready`), `Ready`. A change of anything else in the fleet, or a configuration that routers refuse for another policy's sake, does not
 make a policy that is served less programmed.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 from kvfleet_api.compile import Problem
 from kvfleet_api.fleetconfig import PolicyConfig
 from kvfleet_api.routingpolicy import RoutingPolicy
-from kvfleet_operator.reconcile import conditions
+from kvfleet_operator.reconcile import cacheview, conditions
 from kvfleet_operator.reconcile.cacheview import CacheView
 from kvfleet_operator.reconcile.conditions import Finding
 from kvfleet_operator.reconcile.energyview import EnergyView
@@ -75,16 +75,24 @@ class RouterView:
 
 
 def status(
-    policy: RoutingPolicy, problems: Sequence[Problem], compiled: bool, routers: Sequence[RouterView], now: str
+    policy: RoutingPolicy,
+    problems: Sequence[Problem],
+    compiled: bool,
+    routers: Sequence[RouterView],
+    now: str,
+    caches: Finding | None = None,
 ) -> dict[str, Any]:
-    """`compiled`: the policy is part of the FleetConfig."""
+    """`compiled`: the policy is part of the FleetConfig. `caches`: what there is to say of its pools' caches (cacheview.py)."""
     accepted = _accepted(problems, compiled)
     resolved = _of(problems, "ResolvedRefs")
     conflicted = _conflicted(problems)
     programmed = _programmed(policy, compiled, routers)
     ready = _ready([accepted, resolved, programmed], conflicted)
-    findings = [accepted, resolved, conflicted, programmed, ready]
+    known = [caches] if caches is not None and compiled else []
+    findings = [accepted, resolved, conflicted, programmed, *known, ready]
     previous = policy.status.conditions if policy.status else []
+    if not known:  # nobody speaks of it any more
+        previous = [condition for condition in previous if condition.type != cacheview.TYPE]
     settled = conditions.settle(previous, findings, generation=policy.metadata.generation, now=now)
     by = [
         {"pod": pod, "revision": loaded.revision}

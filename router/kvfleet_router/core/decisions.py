@@ -64,6 +64,7 @@ class Decision:
         "strategy",
         "tenant",
         "tries",
+        "why_guessed",
     )
 
     def __init__(self, id: str, sequence: int, request_id: str, at: float) -> None:  # noqa: A002 - the field's name
@@ -78,6 +79,8 @@ class Decision:
         self.causes: list[str] = []
         """Why each try but the last was given up; empty: it handed on what it computed."""
         self.outcome: Outcome | None = None
+        self.why_guessed = ""
+        """Why cached tokens are guesses, in CamelCase; empty: only where the worker has told nothing."""
         self.joules = 0.0
         """What it took, all tries together, where books are kept."""
 
@@ -149,6 +152,7 @@ class DecisionLog:
             "saved_joules": made.saved_joules,
             "candidate_count": made.candidate_count,
             "cache_view": "precise" if made.precise else "approximate",
+            "cache_view_reason": "EventsFollowed" if made.precise else decision.why_guessed or "EventsNotHeard",
             "guessed_cached_tokens": round(made.guessed_tokens),
             "candidates": [
                 {

@@ -26,7 +26,7 @@ from kvfleet_router.core.circuits import Circuits
 from kvfleet_router.core.decisions import Decision, DecisionLog, Outcome
 from kvfleet_router.core.dryrun import DRY_RUN, told, try_dry, unrecorded
 from kvfleet_router.core.energybook import EnergyBook, PoolEnergy
-from kvfleet_router.core.exact import ask, counted_tokens, look_up
+from kvfleet_router.core.exact import ask, counted_tokens, look_up, reason_to_guess
 from kvfleet_router.core.hashing import MAX_BLOCKS, block_hashes, seed_of
 from kvfleet_router.core.kvevents.view import ModelView
 from kvfleet_router.core.learning import learn
@@ -295,10 +295,10 @@ class Dispatcher:
         if not worker.removed:
             worker.cache.clear()
 
-    def use_view(self, pool: str, view: ModelView | None) -> None:
-        """How the caches of the pool's workers are known from now on; none: they are guessed."""
+    def use_view(self, pool: str, view: ModelView | None, why: str = "NoTokenizer") -> None:
+        """How the caches of the pool's workers are known from now on; none: they are guessed, and `why`."""
         if pool in self._fleet.pools:
-            self._fleet.use_view(self._fleet.pools[pool], view)
+            self._fleet.use_view(self._fleet.pools[pool], view, why)
 
     # -- a request's life -----------------------------------------------------------------------------------------------
 
@@ -507,11 +507,13 @@ class Dispatcher:
             self._fleet.views and policy.uses_prefix and config.prefix.enabled and config.prefix.source != "Approximate"
         )
         asked = ask(lane, parsed) if told_of else ()
+        why_guessed = "" if asked else reason_to_guess(lane)
         parsed.prompt = parsed.body = b""
         decision = decision or self.decisions.open(request_id, now)
         decision.model, decision.policy, decision.strategy = parsed.model, config.name, config.strategy
         decision.tenant = parsed.tenant
         decision.parts, decision.prompt_tokens = policy.parts, tokens
+        decision.why_guessed = why_guessed
         outputs = lane.pools[0].stats.outputs
         decision.expected_output_tokens = outputs.expect(parsed.tenant, parsed.max_output_tokens)
         arrival = Arrival(

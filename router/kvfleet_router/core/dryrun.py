@@ -43,7 +43,8 @@ def try_dry(placement: Placement, arrival: Arrival, now: float) -> Verdict:
     ttft = backlog + own + step + kv_wait
     phase = "prefill" if hands_on else ""
     precise = is_known(arrival, choice.worker)
-    made = Try(now, choice.worker.name, choice.scored, choice.candidate_count, ttft, joules, phase, precise)
+    guessed = min(choice.cached_blocks * arrival.block_tokens, arrival.prompt_tokens)
+    made = Try(now, choice.worker.name, choice.scored, choice.candidate_count, ttft, joules, phase, precise, guessed)
     arrival.decision.tries.append(made)
     waiting = placement.queue.waiting(arrival.lane)
     if waiting:

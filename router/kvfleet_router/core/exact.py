@@ -43,6 +43,19 @@ def ask(lane: Lane, parsed: ParsedRequest) -> tuple[Asked, ...]:
     return tuple(asked)
 
 
+def reason_to_guess(lane: Lane) -> str:
+    """Why nothing came of `ask`, or it was not asked; in CamelCase, as pools have it."""
+    policy, prefix = lane.policy, lane.config.prefix
+    if not policy.uses_prefix or not prefix.enabled:
+        return "PrefixesNotUsed"
+    if prefix.source == "Approximate":
+        return "PolicyGuesses"
+    for pool in lane.pools:
+        if pool.view is not None and not pool.view.agreement.lost:
+            return f"PromptNotRendered: {pool.view.last_not_rendered}"
+    return lane.pools[0].why_guessed
+
+
 def look_up(arrival: Arrival, now: float) -> None:
     """Let the arrival's `expected` be of this moment."""
     if arrival.expected_at != now:

@@ -46,6 +46,8 @@ class Pool:
         self.name = config.name
         self.workers: dict[str, Worker] = {}
         self.view: ModelView | None = None
+        self.why_guessed = "NoTokenizer"
+        """While `view` is none."""
         """What its workers hold by their own word; none: it is guessed."""
         self._index = index
         self.load = 0.0
@@ -225,8 +227,9 @@ class Fleet:
         self._by_name: dict[str, Worker] = {}
         self._by_name_version = 0
 
-    def use_view(self, pool: Pool, view: ModelView | None) -> None:
-        """How the pool's workers' caches are known from now on."""
+    def use_view(self, pool: Pool, view: ModelView | None, why: str = "NoTokenizer") -> None:
+        """How the pool's workers' caches are known from now on. `why`: a reason in CamelCase where it is none."""
+        pool.why_guessed = why
         if view is not pool.view:
             for worker in pool.workers.values():
                 worker.hold(None)

@@ -139,7 +139,7 @@ async def test_conversations_are_expected_to_the_token(bench: Bench, tokenizer: 
             answer = await client.chat.completions.create(model=MODEL, messages=messages, max_tokens=40)
             messages.append({"role": "assistant", "content": answer.choices[0].message.content})
             made, outcome = last_try(router)
-            assert made["cache_view"] == "precise"
+            assert (made["cache_view"], made["cache_view_reason"]) == ("precise", "EventsFollowed")
             assert outcome["cached_tokens"] is not None
             # What was sampled may be spelled otherwise when it comes back, and a block may end inside such a spelling.
             assert 0 <= expected_of(made) - outcome["cached_tokens"] <= 64
@@ -160,6 +160,22 @@ async def test_completions_and_token_ids_are_expected_to_the_token(bench: Bench,
         made, outcome = last_try(router)
         assert (made["cache_view"], expected_of(made)) == ("precise", outcome["cached_tokens"])
         await settled(router, servers)
+
+
+async def test_a_decision_says_why_its_prompt_was_guessed(bench: Bench, tokenizer: Path) -> None:
+    servers = await engines(bench, 1, tokenizer)
+    router = await following(bench, servers, tokenizer)
+    client = client_of(bench, router)
+    await client.completions.create(model=MODEL, prompt=["one", "two"], max_tokens=1)
+    assert last_try(router)[0]["cache_view_reason"] == "PromptNotRendered: several"
+    config = config_of(servers, tokenizer)
+    for prefix, reason in (({"source": "Approximate"}, "PolicyGuesses"), ({"enabled": False}, "PrefixesNotUsed")):
+        (policy,) = config.policies
+        guessing = policy.model_copy(update={"prefix": policy.prefix.model_copy(update=prefix)})
+        router.take_config(config.model_copy(update={"policies": [guessing]}))
+        await client.completions.create(model=MODEL, prompt="one", max_tokens=1)
+        made, _ = last_try(router)
+        assert (made["cache_view"], made["cache_view_reason"]) == ("approximate", reason)
 
 
 async def test_what_an_engine_forgets_is_expected_no_more(bench: Bench, tokenizer: Path) -> None:
@@ -227,7 +243,7 @@ async def test_a_tokenizer_that_cannot_be_used_is_told_and_guesses_serve(
     assert str(broken) in told["message"] or reason == "TokenizerNotBPE"
     await client_of(bench, router).completions.create(model=MODEL, prompt="hello", max_tokens=1)
     made, _ = last_try(router)
-    assert made["cache_view"] == "approximate"
+    assert (made["cache_view"], made["cache_view_reason"]) == ("approximate", reason)
     assert (await bench.metrics(router))[
         f'kvfleet_router_cache_view{{mode="Approximate",pool="static",reason="{reason}"}}'
     ] == 1

@@ -91,6 +91,8 @@ class ModelView:
         self.malformed = 0
         """Batches and events that could not be understood."""
         self.not_rendered: Counter[str] = Counter()
+        self.last_not_rendered = ""
+        """Why, of the last such prompt."""
 
     def __len__(self) -> int:
         return sum(map(len, self.planes))
@@ -101,6 +103,7 @@ class ModelView:
             data = self.prompts.render(kind, body)
         except NotRendered as error:
             self.not_rendered[error.reason] += 1
+            self.last_not_rendered = error.reason
             return None
         return Prompt(data, None if model in ("", self.model) or self.model == ANY else model, salt)
 

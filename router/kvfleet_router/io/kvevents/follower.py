@@ -106,7 +106,8 @@ class Follower:
             model.files.changed()
             self._load(key, model)
         for pool in self._dispatcher.pools():
-            self._dispatcher.use_view(pool.name, self._view(pool))
+            view = self._view(pool)
+            self._dispatcher.use_view(pool.name, view, "" if view else self.cache_view(pool).reason)
         self._follow(pools)
 
     def close(self) -> None:
