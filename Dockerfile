@@ -15,7 +15,7 @@ COPY router/ router/
 COPY sim/ sim/
 COPY cli/ cli/
 COPY examples/ examples/
-COPY scripts/compile_router.py scripts/
+COPY scripts/compile_router.py scripts/install_wheel.sh scripts/
 COPY hatch_build.py ./
 # The router's hot path is compiled to C (scripts/compile_router.py): about half the CPU per request. Compiler and headers stay in
 # this stage. --build-arg COMPILE=0 leaves it plain Python: a much faster build, and the same image but for its speed.
@@ -23,15 +23,7 @@ ARG COMPILE=1
 RUN if [ "$COMPILE" = 1 ]; then \
       apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*; \
     fi
-# --without-pip and --only-binary: no installer in the image, and no source of a dependency is built for it.
-RUN python -m venv /opt/build \
-    && /opt/build/bin/pip install --constraint constraints.txt hatchling \
-    && if [ "$COMPILE" = 1 ]; then \
-         /opt/build/bin/pip install --only-binary=:all: --constraint constraints.txt mypy setuptools $(/opt/build/bin/python scripts/compile_router.py --requirements); \
-       fi \
-    && KVFLEET_COMPILE=$COMPILE /opt/build/bin/pip wheel --no-build-isolation --no-deps --wheel-dir /dist . \
-    && python -m venv --without-pip /opt/kvfleet \
-    && pip --python /opt/kvfleet/bin/python install --only-binary=:all: --constraint constraints.txt /dist/*.whl
+RUN sh scripts/install_wheel.sh "$COMPILE" /opt/kvfleet
 
 FROM ${PYTHON_IMAGE}
 LABEL org.opencontainers.image.title="kvfleet" \

@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-compiled compile uncompile peers lint verify generate bench bench-policies bench-failures bench-soak bench-autoscaling e2e clean
+.PHONY: help venv demo test test-compiled test-wheel compile uncompile peers lint verify generate bench bench-policies bench-failures bench-soak bench-autoscaling e2e clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ test: venv lint verify ## what CI runs: lint, types, import contracts, generated
 test-compiled: venv ## the router's tests on the compiled router, which is removed again afterwards
 	$(BIN)/python scripts/compile_router.py
 	$(BIN)/pytest -n 2 tests/router $(ARGS); status=$$?; $(BIN)/python scripts/compile_router.py --clean; exit $$status
+
+test-wheel: ## the image's wheel, compiled and installed as the Dockerfile does it, and run (minutes; needs a C compiler)
+	tests/wheel.sh
 
 compile: venv ## the router's hot path compiled to C, in place (half the CPU per request; needs a C compiler; not needed to run)
 	$(BIN)/python scripts/compile_router.py

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ OVERHEAD_S = 1.0
 """From zero to the first token, the worker's own start-up not counted."""
 ARRIVALS = 200
 SCALE_DOWNS = 20
+DRAINING = "kvfleet.io/draining"
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +189,44 @@ def test_no_stream_is_aborted_by_scale_downs_under_load(
             then.counts("Pod", 1, WORKERS, within_s=90)
     tells(f"{len(load.whole)} streams over {SCALE_DOWNS} scale-downs, {len(load.failures)} lost")
     assert load.failures == []
+
+
+def test_workers_about_to_go_get_nothing_new_and_are_those_that_go(
+    scaling: Installation, given: Given, then: Then, story: Story, tells: Callable[[str], None]
+) -> None:
+    window = {"scaleDown": {"stabilizationWindowSeconds": 30}}
+    given.applied(scaled(minReplicas=1, maxReplicas=3, behavior=window), policy(strategy="round_robin"), router())
+    then.ready("FleetRouter", "router", within_s=90)
+    with streams(url_of(story), MODEL, (200,) * 6) as load:
+        then.is_so("Deployment", DEPLOYMENT, "has 3 workers", replicas(3), within_s=60)
+        then.ready("Deployment", DEPLOYMENT, within_s=60)
+        then.eventually("all three answer", lambda: len({each.worker for each in load.whole}) == 3, within_s=60)
+
+    going: set[str] = set()
+
+    def named(found: Object) -> bool:
+        told = json.loads((found["metadata"].get("annotations") or {}).get(DRAINING, "{}"))
+        going.update(told.get("llama", {}).get("workers", ()))
+        return len(going) == 2
+
+    with streams(url_of(story), MODEL, (40,) * 2) as less:
+        then.is_so("ConfigMap", "router", "names two workers that are about to go", named, within_s=60)
+        named_at = time.monotonic()
+
+        def spared() -> bool:
+            latest = less.since(named_at)[-6:]
+            return len(latest) == 6 and not going & {each.worker for each in latest}
+
+        then.eventually("round robin sends them nothing", spared, within_s=15)
+        spared_at = time.monotonic()
+        then.is_so("Deployment", DEPLOYMENT, "has 1 worker", replicas(1), within_s=60)
+        gone_at = time.monotonic()
+        then.counts("Pod", 1, WORKERS, within_s=90)
+    [left] = story.kube.list("Pod", WORKERS)
+    assert left["metadata"]["name"] not in going
+    assert less.workers_since(spared_at) == {left["metadata"]["name"]}
+    assert load.failures == less.failures == []
+    tells(f"the routers knew {gone_at - named_at:.1f} s before the workers were taken away")
 
 
 @pytest.fixture(scope="module")

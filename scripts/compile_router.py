@@ -121,9 +121,11 @@ def compile_router() -> list[Path]:
 def _try_imports() -> None:
     """What cannot even be imported must not shadow the sources: remove it, and raise CalledProcessError."""
     names = [".".join(path.relative_to(SOURCES).with_suffix("").parts) for path in sources()]
+    # Built for a wheel, kvfleet is not installed yet.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "crds"), str(SOURCES)])}
     try:
         for name in names:  # a process each: which module comes first can matter
-            subprocess.run([sys.executable, "-c", f"import {name}"], cwd=ROOT, check=True)
+            subprocess.run([sys.executable, "-c", f"import {name}"], cwd=ROOT, env=environment, check=True)
     except subprocess.CalledProcessError:
         clean()
         raise

@@ -124,6 +124,13 @@ def test_the_rule_finds_a_dockerfile_that_breaks_it(rule: Callable[[Instructions
     assert not rule(parse(bad))
 
 
+def test_the_script_that_installs_the_wheel_follows_the_constraints(repository: Path) -> None:
+    steps = [" ".join(step) for step in parse((repository / "scripts" / "install_wheel.sh").read_text())]
+    installs = [step for step in steps if " install " in step]
+    assert len(installs) == 3
+    assert packages_are_pinned([("RUN", " && ".join(installs))])
+
+
 def test_continued_lines_are_one_instruction() -> None:
     assert parse("# c\nRUN a \\\n  # d\n  && b\nuser 1:1\n") == [("RUN", "a && b"), ("USER", "1:1")]
 
