@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import random
 import sys
 import time
@@ -25,7 +26,7 @@ from typing import Any, cast
 import orjson
 from dataplane_peers import idle_fleet
 
-from kvfleet_router.app import RouterApp
+from kvfleet_router.app import GC_THRESHOLDS, RouterApp, give_large_memory_back
 from kvfleet_router.core import dispatcher as dispatcher_module
 from kvfleet_router.core.choose import choose
 from kvfleet_router.core.hashing import block_hashes, seed_of
@@ -219,6 +220,9 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=4000)
     parser.add_argument("--strategy", default="kvfleet")
     arguments = parser.parse_args()
+    give_large_memory_back()  # as `kvfleet router` does
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
     plain = Path(dispatcher_module.__file__).suffix == ".py"
     columns = [asyncio.run(measure(size, arguments.requests, arguments.strategy)) for size in arguments.bytes]
     build = f"{'plain' if plain else 'compiled'}, Python {sys.version.split()[0]}"

@@ -8,8 +8,12 @@
 
 Blocks that always came together are kept together: a run is a stretch of a prompt that nobody has told apart yet, held whole
 by each of its workers. What is known of workers (who holds it, since when, pinned how often) is known of runs, so a prompt of
-thousands of blocks costs a few steps. Only one table knows single blocks, block -> run. Where a prompt leaves a run half-way,
-or a worker drops a part of one, it is cut in two: the front becomes a new run, the rest keeps its number.
+thousands of blocks costs a few steps. Where a prompt leaves a run half-way, or a worker drops a part of one, it is cut in two:
+the front becomes a new run, the rest keeps its number.
+
+A run is found by its first block. Blocks are chained, so a prompt walked from its beginning enters every run there: a block
+inside of a run comes after the one before it, which is in the same run. Only who asks for blocks out of the middle (`store` of
+a prompt's end, `remove`, `in`) needs a table of all blocks: it is made when that first happens, and kept from then on.
 
 Each worker has its own LRU with the capacity of its KV cache, so the index evicts about what the engine evicts, and from
 the tail of prompts first, as engines do. Memory is bounded by the sum of the capacities, at most MAX_TOTAL_BLOCKS.
@@ -35,10 +39,15 @@ MAX_RUN_BLOCKS: Final = 256
 class Runs:
     """All runs, by number: their blocks, and who holds them. A run nobody holds is forgotten."""
 
-    __slots__ = ("_next", "blocks", "caches", "holders", "of_block")
+    __slots__ = ("_next", "_table", "blocks", "caches", "count", "holders", "of_block")
 
     def __init__(self) -> None:
         self.of_block: dict[int, int] = {}
+        """First block -> run; in the table of all blocks: block -> run."""
+        self._table = False
+        """`of_block` knows all blocks."""
+        self.count = 0
+        """Blocks of all runs."""
         self.blocks: dict[int, tuple[int, ...]] = {}
         self.holders: dict[int, int] = {}
         self.caches: dict[int, WorkerCache] = {}
@@ -50,23 +59,44 @@ class Runs:
         self._next = run + 1
         self.blocks[run] = blocks
         self.holders[run] = holders
-        self.of_block.update(dict.fromkeys(blocks, run))
+        self.count += len(blocks)
+        of_block = self.of_block
+        for block in blocks if self._table else blocks[:1]:
+            of_block[block] = run
         return run
 
+    def find(self, block: int) -> int:
+        """The run that holds the block, be it in its middle; -1: none."""
+        if not self._table:
+            self._table = True
+            for run, blocks in self.blocks.items():
+                self.of_block.update(dict.fromkeys(blocks, run))
+        return self.of_block.get(block, -1)
+
     def forget(self, run: int) -> None:
-        self.forget_blocks(self.blocks.pop(run))
+        self._forget_blocks(run, self.blocks.pop(run))
         del self.holders[run]
 
-    def forget_blocks(self, blocks: tuple[int, ...]) -> None:
+    def trim(self, run: int, size: int) -> None:
+        """Forget all but the first `size` blocks of a run (not none)."""
+        blocks = self.blocks[run]
+        self.blocks[run] = blocks[:size]
+        self._forget_blocks(run, blocks[size:])
+
+    def _forget_blocks(self, run: int, blocks: tuple[int, ...]) -> None:
+        self.count -= len(blocks)
         of_block = self.of_block
-        for block in blocks:
-            del of_block[block]
+        for block in blocks if self._table else blocks[:1]:
+            if of_block.get(block) == run:  # else it is no first one; or two hashes are equal by chance
+                del of_block[block]
 
     def cut(self, run: int, size: int) -> int:
         """Make the first `size` blocks of a run (not all) a run of their own; returns it. Its holders hold both."""
         blocks, holders = self.blocks[run], self.holders[run]
         front = self.add(blocks[:size], holders)
         self.blocks[run] = blocks[size:]
+        self.count -= size
+        self.of_block[blocks[size]] = run
         while holders:
             slot = holders.bit_length() - 1
             holders ^= 1 << slot
@@ -155,7 +185,7 @@ class WorkerCache:
         return self._size
 
     def __contains__(self, block: int) -> bool:
-        return self._runs.of_block.get(block, -1) in self._used_at
+        return self._runs.find(block) in self._used_at
 
     def youngest(self, count: int) -> list[tuple[int, ...]]:
         """Some of its blocks, in the runs they came in: those used last, as far as they are `count` at most; oldest first."""
@@ -178,18 +208,19 @@ class WorkerCache:
         return max(self._capacity - self._capacity // EVICTION_PART - self._size, 0)
 
     def pinned_depth(self, blocks: Sequence[int]) -> int:
-        """How many leading blocks of a prompt some prompt in flight pins. Chained: a pinned block has all before it pinned."""
-        pins = self._pins
-        if not blocks or blocks[0] not in pins:
-            return 0
-        low, high = 1, len(blocks)
-        while low < high:
-            middle = (low + high + 1) // 2
-            if blocks[middle - 1] in pins:
-                low = middle
-            else:
-                high = middle - 1
-        return low
+        """How many leading blocks of a prompt prompts in flight pin."""
+        runs, pins, wanted = self._runs, self._pins, tuple(blocks)
+        at, end = 0, len(wanted)
+        while at < end:
+            run = runs.of_block.get(wanted[at], -1)
+            if run not in pins:
+                break
+            held = runs.blocks[run]
+            size = common(wanted, at, held, 0)
+            at += size
+            if size < len(held):
+                break
+        return at
 
     def resize(self, blocks: int) -> None:
         self._capacity = max(blocks, MIN_CAPACITY_BLOCKS)
@@ -219,18 +250,21 @@ class WorkerCache:
         while at < end:  # what is pinned is only ever cut, so whole runs cover it still
             run = runs.of_block[blocks[at]]
             size = len(runs.blocks[run])
-            at += size
             count = pins.pop(run)
             if count > 1:
                 pins[run] = count - 1
             else:
                 self.pinned_blocks -= size
-        if forget_from is not None:
-            self.remove(blocks[forget_from:])
+                if forget_from is not None and at + size > forget_from:
+                    self._drop_from(run, max(forget_from - at, 0))
+            at += size
 
     def store(self, blocks: Sequence[int], now: float) -> None:
-        """The worker holds these blocks (first to last of a prompt), used now."""
-        self._hold(self._runs.cover(tuple(blocks)), now)
+        """The worker holds these blocks (first to last of a prompt, or of its end), used now."""
+        runs, stored = self._runs, tuple(blocks)
+        if stored and stored[0] not in runs.of_block:
+            runs.find(stored[0])
+        self._hold(runs.cover(stored), now)
 
     def remove(self, blocks: Iterable[int]) -> None:
         """The worker holds these blocks no more. What in-flight prompts pin stays: the engine cannot have dropped it."""
@@ -238,7 +272,7 @@ class WorkerCache:
         listed = tuple(blocks)
         at, end = 0, len(listed)
         while at < end:
-            run = runs.of_block.get(listed[at], -1)
+            run = runs.find(listed[at])
             if run not in self._used_at or run in self._pins:
                 at += 1
                 continue
@@ -248,12 +282,7 @@ class WorkerCache:
             at += size
             if start + size < len(held):
                 run = runs.cut(run, start + size)
-            if start:
-                if runs.holders[run] == self.bit:
-                    self._trim(run, start)
-                    continue
-                runs.cut(run, start)
-            self._drop(run)
+            self._drop_from(run, start)
 
     def clear(self) -> None:
         """The worker holds nothing any more: restarted, or proven wrong."""
@@ -311,11 +340,18 @@ class WorkerCache:
 
     def _trim(self, run: int, size: int) -> None:
         """Drop all but the first `size` blocks of a run that no other worker holds: it keeps its place in the LRU."""
-        runs = self._runs
-        blocks = runs.blocks[run]
-        runs.blocks[run] = blocks[:size]
-        runs.forget_blocks(blocks[size:])
-        self._size -= len(blocks) - size
+        self._size -= len(self._runs.blocks[run]) - size
+        self._runs.trim(run, size)
+
+    def _drop_from(self, run: int, size: int) -> None:
+        """Drop all but the first `size` blocks of a run this worker holds."""
+        if not size:
+            self._drop(run)
+        elif self._runs.holders[run] == self.bit:
+            self._trim(run, size)
+        else:
+            self._runs.cut(run, size)
+            self._drop(run)
 
     def _drop(self, run: int) -> None:
         """Forget a run this worker holds."""
@@ -340,7 +376,7 @@ class PrefixIndex:
         self._free_slots: list[int] = []
 
     def __len__(self) -> int:
-        return len(self._runs.of_block)
+        return self._runs.count
 
     def add_worker(self, capacity_blocks: int) -> WorkerCache:
         """A worker with an empty cache, in the lowest slot that is free."""

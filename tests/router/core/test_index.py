@@ -106,6 +106,90 @@ IndexAgainstSets.TestCase.settings = settings(max_examples=60, stateful_step_cou
 TestIndexAgainstSets = IndexAgainstSets.TestCase
 
 
+PROMPTS = st.lists(st.integers(0, 2), max_size=8).map(
+    lambda path: [sum((step + 1) * 4**place for place, step in enumerate(path[: n + 1])) for n in range(len(path))]
+)
+"""Chained, as prompts' blocks are: a block's name tells all before it. Many share beginnings."""
+
+
+class PromptsAgainstSets(RuleBasedStateMachine):
+    """What routing alone asks of the index: prompts from their beginnings. Then it keeps no table of all blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.index = PrefixIndex()
+        self.caches = [self.index.add_worker(1000) for _ in range(3)]
+        self.sets = [set() for _ in range(3)]
+        self.pins = []
+
+    @rule(worker=st.integers(0, 2), prompt=PROMPTS)
+    def pin(self, worker, prompt):
+        assert self.caches[worker].pin(prompt, 0.0) == prompt
+        self.pins.append((worker, self.caches[worker].epoch, prompt))
+        self.sets[worker].update(prompt)
+
+    @rule(data=st.data(), computed=st.booleans())
+    def unpin(self, data, computed):
+        if self.pins:
+            worker, epoch, blocks = self.pins.pop(data.draw(st.integers(0, len(self.pins) - 1)))
+            start = data.draw(st.integers(0, len(blocks)))
+            self.caches[worker].unpin(blocks, epoch, forget_from=None if computed else start)
+            if not computed and epoch == self.caches[worker].epoch:
+                self.sets[worker] -= set(blocks[start:]) - self.pinned(worker)
+
+    @rule(worker=st.integers(0, 2))
+    def clear(self, worker):
+        self.caches[worker].clear()
+        self.sets[worker].clear()
+
+    def pinned(self, worker):
+        epoch = self.caches[worker].epoch
+        return {block for w, e, blocks in self.pins if w == worker and e == epoch for block in blocks}
+
+    @rule(prompt=PROMPTS)
+    def match(self, prompt):
+        expected = {cache.slot: leading(held, prompt) for cache, held in zip(self.caches, self.sets, strict=True)}
+        assert by_slot(self.index.match(prompt)) == {slot: count for slot, count in expected.items() if count}
+        for worker, cache in enumerate(self.caches):
+            assert cache.pinned_depth(prompt) == leading(self.pinned(worker), prompt)
+
+    @invariant()
+    def holds_what_the_sets_hold(self):
+        for worker, (cache, held) in enumerate(zip(self.caches, self.sets, strict=True)):
+            assert len(cache) == len(held)
+            assert cache.pinned_blocks == len(self.pinned(worker))
+        assert len(self.index) == len(set().union(*self.sets))
+
+    def teardown(self):
+        runs = self.index._runs
+        assert len(runs.of_block) == len(runs.blocks)
+
+
+PromptsAgainstSets.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestPromptsAgainstSets = PromptsAgainstSets.TestCase
+
+
+def test_a_block_in_the_middle_of_a_run_is_found_once_somebody_asks():
+    index = PrefixIndex()
+    one, two = index.add_worker(100), index.add_worker(100)
+    one.pin(list(range(30)), 0.0)
+    two.store(list(range(10, 20)), 0.0)  # another router told of a prompt's end
+    two.pin(list(range(10)), 0.0)
+    assert by_slot(index.match(list(range(30)))) == {one.slot: 30, two.slot: 20}
+    assert len(index) == 30
+
+
+def test_prompts_in_flight_pin_their_common_beginning():
+    index = PrefixIndex()
+    cache = index.add_worker(100)
+    first = cache.pin([1, 2, 3, 4], 0.0)
+    cache.pin([1, 2, 30, 40], 0.0)
+    assert cache.pinned_depth([1, 2, 3, 5]) == 3
+    cache.unpin(first, cache.epoch)
+    assert cache.pinned_depth([1, 2, 3, 4]) == 2
+    assert cache.pinned_depth([9, 1]) == 0
+
+
 @given(st.integers(0, 2**32), st.integers(1, 70))
 @settings(max_examples=40, deadline=None)
 def test_match_over_many_workers_equals_counting_one_by_one(seed, workers):
