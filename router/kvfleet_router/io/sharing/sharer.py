@@ -4,7 +4,8 @@ A Bus carries messages to all other replicas and brings theirs: LocalBus (local.
 (redis_bus.py) between pods. Whatever happens to it, `send` neither waits nor raises: no request ever depends on it.
 
 A flush takes microseconds where little happens. Where it takes longer (hundreds of busy workers, dozens of replicas) flushes
-become rarer, so that telling never takes more than a twentieth of the core.
+become rarer, so that telling never takes more than a twentieth of the core. What counts is CPU time: a process that was kept from
+running in the middle of a flush (too few cores, a container's CPU limit) must not fall silent for twenty times as long.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ log = logging.getLogger("kvfleet.router")
 
 PREFIX = "kvfleet_router_sharing_"
 BUSY_SHARE = 20
-"""A flush that took t is followed by a pause of at least this many times t."""
+"""A flush that took t of CPU time is followed by a pause of at least this many times t, …"""
+MAX_PAUSE_S = 0.25
+"""… but no longer than this: who is silent for a second counts as gone."""
 
 Hear = Callable[[Sequence[bytes]], None]
 
@@ -74,7 +77,7 @@ class Sharer:
             await self._bus.close()
 
     def _flush(self) -> None:
-        began = time.perf_counter()
+        began = time.thread_time()
         try:
             messages = self.sharing.flush(reachable=self._bus.reachable)
             self._told += len(messages)
@@ -82,13 +85,13 @@ class Sharer:
             self._dispatcher.heard_routers = self.sharing.peers
         except Exception:
             log.exception("replicas could not be told; the next time comes all the same")
-        self._spent_s += time.perf_counter() - began
+        self._spent_s += time.thread_time() - began
         self._busy_s += self._spent_s
-        self._timer = self._loop.call_later(max(FLUSH_S, BUSY_SHARE * self._spent_s), self._flush)
+        self._timer = self._loop.call_later(min(max(FLUSH_S, BUSY_SHARE * self._spent_s), MAX_PAUSE_S), self._flush)
         self._spent_s = 0.0
 
     def hear(self, messages: Sequence[bytes]) -> None:
-        began = time.perf_counter()
+        began = time.thread_time()
         try:
             self._heard += len(messages)
             for message in messages:
@@ -96,7 +99,7 @@ class Sharer:
             self.sharing.apply()
         except Exception:
             log.exception("what a replica told could not be used")
-        self._spent_s += time.perf_counter() - began
+        self._spent_s += time.thread_time() - began
 
     def metrics(self) -> list[Metric]:
         sharing = self.sharing
