@@ -196,7 +196,7 @@ def test_workers_about_to_go_get_nothing_new_and_are_those_that_go(
 ) -> None:
     window = {"scaleDown": {"stabilizationWindowSeconds": 30}}
     given.applied(scaled(minReplicas=1, maxReplicas=3, behavior=window), policy(strategy="round_robin"), router())
-    then.ready("FleetRouter", "router", within_s=90)
+    then.ready("FleetRouter", "router", within_s=90).ready("ModelPool", "llama", within_s=90)
     with streams(url_of(story), MODEL, (200,) * 6) as load:
         then.is_so("Deployment", DEPLOYMENT, "has 3 workers", replicas(3), within_s=60)
         then.ready("Deployment", DEPLOYMENT, within_s=60)

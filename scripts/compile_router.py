@@ -43,6 +43,7 @@ CORE_MODULES = (
     "placement",
     "policy",
     "pool",
+    "powerbudget",
     "predict",
     "routes",
     "ticket",

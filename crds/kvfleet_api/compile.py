@@ -24,6 +24,7 @@ from kvfleet_api.cost import CostModel
 from kvfleet_api.fleetconfig import Endpoint, FleetConfig, PolicyConfig, PoolConfig, WeightedPool
 from kvfleet_api.fleetrouter import FleetRouter
 from kvfleet_api.modelpool import ModelPool
+from kvfleet_api.power import least_watts
 from kvfleet_api.problems import did_you_mean
 from kvfleet_api.resolve import GENERIC_COST, CostError, integer_argument, resolve_cost
 from kvfleet_api.routingpolicy import RoutingPolicy, RoutingPolicySpec, TokenRange
@@ -100,6 +101,7 @@ def compile_fleet(
     compiled_policies = _policies(own_policies, compiled_pools, problems)
     _report_conflicts(own_policies, compiled_policies, problems)
     spec = router.spec if router else FleetRouter.model_validate({"metadata": {"name": "local"}}).spec
+    _report_small_budgets(router, own_pools, own_policies, compiled_pools, problems)
     config = FleetConfig(
         name=router.metadata.name if router else "local",
         namespace=namespace,
@@ -107,6 +109,7 @@ def compile_fleet(
         policies=compiled_policies,
         limits=spec.limits,
         routers=max(spec.replicas * spec.processes, 1) if router else 1,
+        max_watts=_watts(spec.max_watts),
         telemetry=spec.telemetry,
         drain_s=float(spec.drain_seconds),
     )
@@ -186,6 +189,48 @@ def _problem(resource: Resource, field: str, condition: Literal["Accepted", "Res
     return Problem(resource.kind, metadata.namespace, metadata.name, condition, reason, field, message, severity)
 
 
+# Power
+
+
+def _watts(budget: int | None) -> float | None:
+    return None if budget is None else float(budget)
+
+
+def _report_small_budgets(
+    router: FleetRouter | None,
+    pools: Sequence[ModelPool],
+    policies: Sequence[RoutingPolicy],
+    compiled: Sequence[PoolConfig],
+    problems: list[Problem],
+) -> None:
+    """Budgets under which not even one request could run."""
+    least = {
+        config.name: least_watts(config.cost, pool.spec.least_workers)
+        for config, pool in zip(compiled, pools, strict=True)
+    }
+
+    def check(resource: Resource, field: str, budget: int | None, whose: Iterable[str]) -> None:
+        needs = [least[name] for name in whose if name in least]
+        if budget is None or not needs:
+            return
+        watts = sum(idle for idle, _ in needs) + min(added for _, added in needs)
+        if budget < watts:
+            message = (
+                f"{budget} W are less than the {watts:.0f} W of its idle workers and one request: no request can run; "
+                "raise it, or have fewer workers"
+            )
+            problems.append(_problem(resource, field, "Accepted", "BudgetTooSmall", message, "Warning"))
+
+    for pool in pools:
+        check(pool, "spec.maxWatts", pool.spec.max_watts, [pool.metadata.name])
+    for policy in policies:
+        energy = policy.spec.energy
+        if energy.mode == "Strict":
+            check(policy, "spec.energy.maxWatts", energy.max_watts, [ref.name for ref in policy.spec.pools])
+    if router is not None:
+        check(router, "spec.maxWatts", router.spec.max_watts, least)
+
+
 # Pools
 
 
@@ -230,6 +275,7 @@ def _pool(
         accelerator=spec.accelerator.profile_ref,
         gpus_per_worker=spec.devices_per_pod * spec.parallelism.nodes,
         cost=_cost(pool, profiles, problems),
+        max_watts=_watts(spec.max_watts),
         block_tokens=integer_argument(engine.args, "block-size") or engine.block_tokens,
         max_context_tokens=integer_argument(engine.args, "max-model-len") or spec.model.max_context_tokens,
         service=workers_service_name(pool.metadata.name),
@@ -354,7 +400,7 @@ def _policy_config(policy: RoutingPolicy, models: list[str], usable: set[str]) -
         itl_slo_s=spec.slo.itl_milliseconds / 1000,
         energy_mode=spec.energy.mode,
         energy_s_per_joule=spec.energy.microseconds_per_joule * 1e-6,
-        max_watts=None if spec.energy.max_watts is None else float(spec.energy.max_watts),
+        max_watts=_watts(spec.energy.max_watts),
         prefix=spec.prefix,
         disaggregation=spec.disaggregation,
         admission=spec.admission,

@@ -53,6 +53,7 @@ class PoolConfig(Schema):
     """Name of the AcceleratorProfile; empty: unknown."""
     gpus_per_worker: int = 1
     cost: CostModel
+    max_watts: float | None = None
     block_tokens: int = 16
     max_context_tokens: int | None = None
     service: str | None = None
@@ -117,6 +118,7 @@ class FleetConfig(Schema):
     limits: LimitsSpec = Field(default_factory=LimitsSpec)
     routers: int = 1
     """Router processes of the fleet, this one included: what a router knows it does not know while it hears from fewer."""
+    max_watts: float | None = None
     telemetry: TelemetrySpec | None = None
     drain_s: float = 120.0
 

@@ -134,6 +134,8 @@ class FleetRouterSpec(Schema):
     """State shared between replicas. Default: every replica decides alone."""
     limits: Annotated[LimitsSpec, Field(default_factory=LimitsSpec)]
     """Bounds on what a client may send."""
+    max_watts: Annotated[int, Field(ge=1, le=100_000_000, examples=[50000])] | None = None
+    """Power budget of all pools together, by the cost model: requests that would exceed it wait, less urgent ones longer."""
     telemetry: TelemetrySpec | None = None
     """Keep books of joules, from DCGM's counters where they can be read, else by the model. None: no books."""
     drain_seconds: Annotated[int, Field(ge=0, le=86400)] = 120

@@ -328,6 +328,8 @@ class ModelPoolSpec(Schema):
     """Workers wanted, where `autoscaling` is not set."""
     autoscaling: AutoscalingSpec | None = None
     """Let the operator choose the number of workers."""
+    max_watts: Annotated[int, Field(ge=1, le=100_000_000, examples=[5000])] | None = None
+    """Power budget of the pool's workers, by the cost model: requests that would exceed it wait at the router, less urgent ones longer."""
     adapters: Annotated[list[AdapterSpec], UniqueBy("name"), Field(max_length=256)] = []
     """LoRA adapters every worker of the pool serves."""
     rollout: Annotated[RolloutSpec, Field(default_factory=RolloutSpec)]
@@ -342,6 +344,11 @@ class ModelPoolSpec(Schema):
     )
     def _adapters_differ_from_model(self) -> bool:
         return all(adapter.name != self.model.name for adapter in self.adapters)
+
+    @property
+    def least_workers(self) -> int:
+        """Workers that the pool always has."""
+        return self.autoscaling.min_replicas if self.autoscaling is not None else self.replicas or 0
 
     @property
     def devices_per_pod(self) -> int:

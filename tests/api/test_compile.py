@@ -138,6 +138,29 @@ def test_a_policy_in_full() -> None:
     assert (config.strategy, config.headers[0].value) == ("lmetric", "batch")
 
 
+def test_power_budgets() -> None:
+    router = FleetRouter.model_validate({"metadata": {"name": "edge"}, "spec": {"maxWatts": 5000}})
+    fleet = compiled(router, pool("a", maxWatts=900), pool("b"))
+    assert fleet.problems == []
+    assert (fleet.config.max_watts, [each.max_watts for each in fleet.config.pools]) == (5000.0, [900.0, None])
+
+
+def test_budgets_under_which_no_request_could_run_are_warned_of() -> None:
+    router = FleetRouter.model_validate({"metadata": {"name": "edge"}, "spec": {"maxWatts": 700}})
+    small = policy("p", pools=[{"name": "a"}], energy={"mode": "Strict", "maxWatts": 100})
+    fleet = compiled(router, pool("a", replicas=4, maxWatts=500), pool("b", autoscaling={"maxReplicas": 9}), small)
+    assert [(found.kind, found.field, found.reason, found.severity) for found in fleet.problems] == [
+        (kind, field, "BudgetTooSmall", "Warning")
+        for kind, field in (
+            ("ModelPool", "spec.maxWatts"),
+            ("RoutingPolicy", "spec.energy.maxWatts"),
+            ("FleetRouter", "spec.maxWatts"),
+        )
+    ]
+    assert "no request can run; raise it, or have fewer workers" in fleet.problems[0].message
+    assert fleet.errors == []
+
+
 def test_router_settings() -> None:
     spec = {"limits": {"maxBodyBytes": 2048}, "replicas": 3, "processes": 2, "drainSeconds": 7}
     router = FleetRouter.model_validate({"metadata": {"name": "edge"}, "spec": spec})

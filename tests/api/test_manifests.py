@@ -87,7 +87,7 @@ def test_all_problems_of_all_files_are_reported_at_once(tmp_path: Path) -> None:
         load([tmp_path, tmp_path / "absent.yaml"])
     assert str(caught.value).splitlines() == [
         f"{tmp_path}/a.yaml:7: ModelPool default/llama: spec.replica: unknown field (did you mean replicas?): rename or "
-        "remove it; known here: model, engine, role, accelerator, parallelism, replicas, autoscaling, adapters, rollout, podTemplate",
+        "remove it; known here: model, engine, role, accelerator, parallelism, replicas, autoscaling, maxWatts, adapters, rollout, podTemplate",
         f"{tmp_path}/a.yaml:8: ModelPool default/llama: spec.autoscaling.minReplicas: minReplicas (3) must not exceed "
         "maxReplicas (2): lower minReplicas or raise maxReplicas",
         f"{tmp_path}/b.yaml:4: RoutingPolicy prod/chat: spec.pools: missing: add it",

@@ -34,6 +34,7 @@ from kvfleet_router.core.parse import ParsedRequest
 from kvfleet_router.core.placement import OnAssigned, Placed, Placement
 from kvfleet_router.core.policy import Policy
 from kvfleet_router.core.pool import Fleet, Pool
+from kvfleet_router.core.powerbudget import configure_budgets
 from kvfleet_router.core.routes import Lane, Routes
 from kvfleet_router.core.savings import Saved
 from kvfleet_router.core.telemetry import DeviceReading
@@ -96,7 +97,9 @@ class Dispatcher:
     @heard_routers.setter
     def heard_routers(self, count: int) -> None:
         self._heard_routers = count
-        self._placement.near = NEAR_SHARE if count < self.config.routers - 1 else 0.0
+        alone = count < self.config.routers - 1
+        self._placement.near = NEAR_SHARE if alone else 0.0
+        self._placement.power_share = 1.0 / self.config.routers if alone else 1.0
 
     @property
     def probing(self) -> bool:
@@ -129,6 +132,7 @@ class Dispatcher:
         self._fleet.configure(config.pools, self._block_bytes, itl_slos, now)
         built = [(policy, self._registry[policy.strategy](policy)) for policy in config.policies]
         self._routes = Routes(built, self._fleet)
+        self.power_budgets = configure_budgets(config, self._fleet, self._routes.lanes())
         self.energy.configure(config.telemetry)
         self._placement.savings.keep(self._fleet.pools.values())
         self._circuits.forget_removed()

@@ -20,11 +20,12 @@ from kvfleet_router.core.affinity import PATIENCE_S, Affinity, crowded
 from kvfleet_router.core.choose import Choice, choose
 from kvfleet_router.core.decisions import MAX_CANDIDATES, Outcome, Try
 from kvfleet_router.core.disaggregation import divisible
-from kvfleet_router.core.energy import marginal_joules, watts
+from kvfleet_router.core.energy import marginal_joules
 from kvfleet_router.core.exact import note
 from kvfleet_router.core.holdqueue import HoldQueue
 from kvfleet_router.core.parse import ParsedRequest
 from kvfleet_router.core.pool import Fleet
+from kvfleet_router.core.powerbudget import affordable
 from kvfleet_router.core.predict import backlog_s, ttft_parts
 from kvfleet_router.core.routes import Candidates, Lane
 from kvfleet_router.core.savings import Savings
@@ -64,6 +65,8 @@ class Placement:
         """Prompts that brought a worker new blocks, for the other replicas of the router; none: there are none."""
         self.near = 0.0
         """See `choose`."""
+        self.power_share = 1.0
+        """This router's part of power budgets, above what idle workers draw."""
         self.savings = Savings()
         self._affinity = Affinity()
         self._fleet = fleet
@@ -95,7 +98,7 @@ class Placement:
     def again(self, arrival: Arrival, now: float) -> Ticket | None:
         """Another worker for a request that is under way already: at once, or not at all."""
         lane = arrival.lane
-        if self.queue.waiting(lane) or lane.prefill_pools or lane.config.energy_mode == "Strict":
+        if self.queue.waiting(lane) or lane.prefill_pools or lane.power_budgets:
             return None
         candidates = lane.candidates(arrival, self._rng)
         if candidates is None:
@@ -148,6 +151,10 @@ class Placement:
         for held in self.queue.expired(now):
             self.queue.remove(held)
             message = f"No worker had room within {now - held.held_since:.0f} s"
+            short = [budget for budget in held.arrival.lane.power_budgets if budget.claimed_since(now - 1.0)]
+            if short:
+                spent = ", ".join(f"{budget.whose} ({budget.max_watts:.0f} W)" for budget in short)
+                message = f"{message}: the power budget of {spent} was used up; raise maxWatts, or send less"
             self.dismiss(
                 held, Refusal(503, "queue_timeout", message, self._retry_after_s(), "service_unavailable"), now
             )
@@ -158,7 +165,9 @@ class Placement:
         """Something made room, on this worker or anywhere: decide held requests again, then call back."""
         if self.queue:
             for lane in self.queue.lanes():
-                if worker is None or worker.pool_state in lane.pools or worker.pool_state in lane.prefill_pools:
+                # What ends anywhere may leave power to anybody.
+                pool = None if worker is None or lane.power_budgets else worker.pool_state
+                if pool is None or pool in lane.pools or pool in lane.prefill_pools:
                     for held, result in self._decide_held(lane, now):
                         self._outbox.append((held, result))
         self.deliver()
@@ -231,11 +240,11 @@ class Placement:
             candidates = resort
         if config.energy_mode != "Off":
             arrival.load = lane.load()
-            if config.energy_mode == "Strict":
-                within = self._affordable(candidates, lane)
-                if within is None:
-                    return NO_ROOM
-                candidates = within
+        if lane.power_budgets:
+            within = self._affordable(arrival, candidates, now)
+            if within is None:
+                return NO_ROOM
+            candidates = within
         arrival.blind = self.near > 0.0
         choice = choose(arrival, candidates, self._fleet.index, self._fleet.table, self._rng, now, near=self.near)
         if arrival.parsed.session_id is not None or lane.adapter:
@@ -282,16 +291,16 @@ class Placement:
     def _pick_prefill(self, arrival: Arrival, now: float) -> tuple[Arrival, Choice, bool] | None:
         """The Prefill worker for this prompt, and the arrival as it looks there; None: all are gone, full or failed."""
         candidates = arrival.lane.candidates(arrival, self._rng, prefill=True)
-        if candidates is not None and arrival.lane.config.energy_mode == "Strict":
-            candidates = self._affordable(candidates, arrival.lane)
+        if candidates is not None and arrival.lane.power_budgets:
+            candidates = self._affordable(arrival, candidates, now)
         if candidates is None:
             return None
         there = arrival.expecting(1.0)
         return there, choose(there, candidates, self._fleet.index, self._fleet.table, self._rng, now), True
 
-    def _affordable(self, candidates: Candidates, lane: Lane) -> Candidates | None:
-        max_watts = lane.config.max_watts
-        return candidates if max_watts is None else _within_power(candidates, lane, max_watts)
+    def _affordable(self, arrival: Arrival, candidates: Candidates, now: float) -> Candidates | None:
+        budgets = arrival.lane.power_budgets
+        return affordable(candidates, budgets, arrival.parsed.priority, self.power_share, now)
 
     def _assign(
         self, arrival: Arrival, choice: Choice, predicted_ttft_s: float, now: float, *, hands_on: bool
@@ -400,16 +409,3 @@ class Placement:
         """About how long the queue needs to drain at the present pace."""
         low, high = RETRY_AFTER_BOUNDS_S
         return min(max(ceil(len(self.queue) * self._interval_s), low), high)
-
-
-def _within_power(candidates: Candidates, lane: Lane, max_watts: float) -> Candidates | None:
-    """The candidates on which one more sequence keeps the lane's pools within their power budget."""
-    spare = max_watts - sum(pool.watts() for pool in (*lane.pools, *lane.prefill_pools))
-
-    def added(worker: Worker) -> float:
-        cost, sequences = worker.pool_state.cost, worker.decoding + worker.pending
-        after = watts(cost, sequences + 1, worker.context_tokens, worker.step_now_s + worker.step_s_per_sequence)
-        return after - watts(cost, sequences, worker.context_tokens, worker.step_now_s)
-
-    within = [worker for worker in candidates.workers if added(worker) <= spare]
-    return Candidates(within) if within else None

@@ -175,10 +175,14 @@ class Pool:
 
     def watts(self) -> float:
         """What the pool's workers draw by the cost model."""
-        return sum(
-            watts(self.cost, worker.decoding + worker.pending, worker.context_tokens, worker.step_now_s)
-            for worker in self.workers.values()
-        )
+        return sum(worker_watts(worker) for worker in self.workers.values())
+
+
+def worker_watts(worker: Worker, more: int = 0) -> float:
+    """What the worker draws by the cost model, once those without a first token decode too, and `more` besides."""
+    waiting = worker.pending + more
+    step_s = worker.step_now_s + waiting * worker.step_s_per_sequence
+    return watts(worker.pool_state.cost, worker.decoding + waiting, worker.context_tokens, step_s)
 
 
 def packed_sequences(worker: Worker, target: int, now: float) -> float:

@@ -24,6 +24,7 @@ from kvfleet_router.core.worker import Worker
 
 if TYPE_CHECKING:
     from kvfleet_router.core.policy import Policy
+    from kvfleet_router.core.powerbudget import PowerBudget
 
 ANY = "*"
 """The model of a pool that takes any name: workers given by URL alone."""
@@ -65,6 +66,8 @@ class Lane:
         """The model is a LoRA adapter of the pools'."""
         self.rescan_at = 0.0
         """Held requests of the lane are not decided again before."""
+        self.power_budgets: tuple[PowerBudget, ...] = ()
+        """What its requests must not exceed."""
         self.budget = RetryBudget(config.resilience.retry_budget_percent / 100)
         self._fleet = fleet
         self._headers = [(match.name.lower().encode(), match.value.encode()) for match in config.headers]

@@ -36,7 +36,7 @@ class EnergyMetrics:
     def __call__(self) -> Iterable[Metric]:
         ledger = self._dispatcher.energy.ledger
         if ledger is None:
-            return self._savings()
+            return [*self._savings(), *self._budgets()]
         joules = CounterMetricFamily(
             PREFIX + "energy_joules",
             "Joules by what they were for; their sum is what the workers' counters showed.",
@@ -44,7 +44,7 @@ class EnergyMetrics:
         )
         for pool, tenant, model, kind, value in ledger.rows():
             joules.add_metric((pool, tenant, model, kind), value)
-        return [joules, *self._carbon(), *self._states(), *self._savings()]
+        return [joules, *self._carbon(), *self._states(), *self._savings(), *self._budgets()]
 
     def tick(self) -> None:
         """Turn the joules booked since the last call into grams; call at least every minute or so."""
@@ -97,6 +97,19 @@ class EnergyMetrics:
             lost.add_metric((pool.pool,), pool.lost_joules)
             error.add_metric((pool.pool,), pool.standard_error)
         return [saved, lost, error]
+
+    def _budgets(self) -> list[Metric]:
+        budgets = self._dispatcher.power_budgets
+        if not budgets:
+            return []
+        most = GaugeMetricFamily(PREFIX + "power_budget_watts", "maxWatts, by whose it is.", labels=("budget",))
+        drawn = GaugeMetricFamily(
+            PREFIX + "power_drawn_watts", "What the budget's pools draw, by the cost model.", labels=("budget",)
+        )
+        for budget in budgets:
+            most.add_metric((budget.whose,), budget.max_watts)
+            drawn.add_metric((budget.whose,), budget.drawn_watts())
+        return [most, drawn]
 
     def _states(self) -> list[Metric]:
         state = GaugeMetricFamily(
