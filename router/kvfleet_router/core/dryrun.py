@@ -12,6 +12,7 @@ from kvfleet_router.core.decisions import Decision, Try
 from kvfleet_router.core.energy import marginal_joules
 from kvfleet_router.core.exact import is_known
 from kvfleet_router.core.placement import Waits
+from kvfleet_router.core.powerbudget import named
 from kvfleet_router.core.predict import ttft_parts
 from kvfleet_router.core.ticket import Arrival, Refusal
 
@@ -36,6 +37,8 @@ def try_dry(placement: Placement, arrival: Arrival, now: float) -> Verdict:
     if isinstance(picked, Refusal):
         return "refuse", picked.message
     if isinstance(picked, Waits):
+        if picked.short:
+            return "hold", f"the power budget of {named(picked.short)} is used up: it would wait at the router"
         return "hold", "no worker may have it now: it would wait at the router until one has room"
     scored, choice, hands_on = picked
     backlog, own, step, kv_wait = ttft_parts(scored, choice.worker, choice.cached_tokens, now)

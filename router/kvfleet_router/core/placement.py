@@ -25,7 +25,7 @@ from kvfleet_router.core.exact import note
 from kvfleet_router.core.holdqueue import HoldQueue
 from kvfleet_router.core.parse import ParsedRequest
 from kvfleet_router.core.pool import Fleet
-from kvfleet_router.core.powerbudget import affordable
+from kvfleet_router.core.powerbudget import PowerBudget, affordable, named
 from kvfleet_router.core.predict import backlog_s, ttft_parts
 from kvfleet_router.core.routes import Candidates, Lane
 from kvfleet_router.core.savings import Savings
@@ -50,6 +50,8 @@ class Waits(NamedTuple):
 
     own_s: float
     """Its own prefill time on the worker it would have got."""
+    short: tuple[PowerBudget, ...] = ()
+    """Power budgets that would be exceeded."""
 
 
 NO_ROOM = Waits(0.0)
@@ -153,8 +155,7 @@ class Placement:
             message = f"No worker had room within {now - held.held_since:.0f} s"
             short = [budget for budget in held.arrival.lane.power_budgets if budget.claimed_since(now - 1.0)]
             if short:
-                spent = ", ".join(f"{budget.whose} ({budget.max_watts:.0f} W)" for budget in short)
-                message = f"{message}: the power budget of {spent} was used up; raise maxWatts, or send less"
+                message = f"{message}: the power budget of {named(short)} was used up; raise maxWatts, or send less"
             self.dismiss(
                 held, Refusal(503, "queue_timeout", message, self._retry_after_s(), "service_unavailable"), now
             )
@@ -213,6 +214,8 @@ class Placement:
             self.record_refusal(arrival, picked, now)
             return picked
         if isinstance(picked, Waits):
+            for budget in picked.short:
+                budget.claim(arrival.parsed.priority, now)
             return picked
         scored, choice, hands_on = picked
         backlog, own, step, kv_wait = ttft_parts(scored, choice.worker, choice.cached_tokens, now)
@@ -242,8 +245,8 @@ class Placement:
             arrival.load = lane.load()
         if lane.power_budgets:
             within = self._affordable(arrival, candidates, now)
-            if within is None:
-                return NO_ROOM
+            if isinstance(within, tuple):
+                return Waits(0.0, within)
             candidates = within
         arrival.blind = self.near > 0.0
         choice = choose(arrival, candidates, self._fleet.index, self._fleet.table, self._rng, now, near=self.near)
@@ -292,13 +295,14 @@ class Placement:
         """The Prefill worker for this prompt, and the arrival as it looks there; None: all are gone, full or failed."""
         candidates = arrival.lane.candidates(arrival, self._rng, prefill=True)
         if candidates is not None and arrival.lane.power_budgets:
-            candidates = self._affordable(arrival, candidates, now)
+            within = self._affordable(arrival, candidates, now)
+            candidates = None if isinstance(within, tuple) else within
         if candidates is None:
             return None
         there = arrival.expecting(1.0)
         return there, choose(there, candidates, self._fleet.index, self._fleet.table, self._rng, now), True
 
-    def _affordable(self, arrival: Arrival, candidates: Candidates, now: float) -> Candidates | None:
+    def _affordable(self, arrival: Arrival, candidates: Candidates, now: float) -> Candidates | tuple[PowerBudget, ...]:
         budgets = arrival.lane.power_budgets
         return affordable(candidates, budgets, arrival.parsed.priority, self.power_share, now)
 
@@ -384,7 +388,7 @@ class Placement:
             result = self._decide(held.arrival, now)
             if isinstance(result, Waits):
                 held.own_s = result.own_s
-                backlogged = backlogged or result is not NO_ROOM
+                backlogged = backlogged or not (result is NO_ROOM or result.short)
                 continue
             self.queue.remove(held)
             decided.append((held, result))

@@ -56,6 +56,11 @@ class PowerBudget:
         return now < self._claimed_until and self._priority < priority
 
 
+def named(budgets: Sequence[PowerBudget]) -> str:
+    """As in messages."""
+    return ", ".join(f"{budget.whose} ({budget.max_watts:.0f} W)" for budget in budgets)
+
+
 def configure_budgets(config: FleetConfig, fleet: Fleet, lanes: Sequence[Lane]) -> list[PowerBudget]:
     """The configured budgets, each handed to the lanes whose pools it is about."""
     pools = fleet.pools
@@ -79,8 +84,8 @@ def configure_budgets(config: FleetConfig, fleet: Fleet, lanes: Sequence[Lane]) 
 
 def affordable(
     candidates: Candidates, budgets: Sequence[PowerBudget], priority: int, share: float, now: float
-) -> Candidates | None:
-    """The candidates on which one more sequence exceeds no budget; none: what is short is claimed for `priority`."""
+) -> Candidates | tuple[PowerBudget, ...]:
+    """The candidates on which one more sequence exceeds no budget; or, where there is none, the budgets that are short."""
     within = list(candidates.workers)
     short = []
     for budget in budgets:
@@ -91,11 +96,7 @@ def affordable(
             within = left
     if len(within) == len(candidates.workers):
         return candidates
-    if within:
-        return Candidates(within)
-    for budget in short:
-        budget.claim(priority, now)
-    return None
+    return Candidates(within) if within else tuple(short)
 
 
 def _added_watts(worker: Worker) -> float:

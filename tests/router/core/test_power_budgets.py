@@ -82,6 +82,14 @@ def test_a_claim_ends_with_whoever_made_it():
     fleet.sent(request(100, model="a", prefix=7, priority=5))
 
 
+def test_asking_what_would_happen_claims_nothing():
+    fleet = two_models(max_watts=IDLE + ONE + 20)
+    fleet.sent(request(100, model="a"))
+    told = fleet.dispatcher.dry_run(request(100, model="b", priority=-1))
+    assert "the power budget of all pools" in told["why"]
+    fleet.sent(request(100, model="a", prefix=7, priority=5))
+
+
 def test_a_request_that_waited_for_power_in_vain_is_told_whose_budget_it_was():
     fleet = Fleet(config(pools=[pool(max_watts=200.0)]))
     fleet.held(request(100))
