@@ -132,7 +132,9 @@ def test_every_panel_shows_data(
     simulated = engine(1)
     simulated["env"].append({"name": "POD_NAMESPACE", "value": story.kube.namespace})
     scaling = {"minReplicas": 2, "maxReplicas": 3, "signals": [{"concurrency": {"targetPerReplica": 2}}]}
-    given.applied(pool(replicas=2, engine=simulated, autoscaling=scaling), policy(), router(telemetry=BOOKS))
+    given.applied(
+        pool(replicas=2, engine=simulated, autoscaling=scaling), policy(), router(telemetry=BOOKS, maxWatts=100_000)
+    )
     then.ready("ModelPool", "llama", within_s=120).ready("FleetRouter", "router", within_s=120)
     then.ready("RoutingPolicy", "all", within_s=60).counts("Pod", 2, "app.kubernetes.io/component=engine")
     url = story.url("router", path="/v1/chat/completions")

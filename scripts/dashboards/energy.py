@@ -5,7 +5,7 @@ from __future__ import annotations
 from grafana_foundation_sdk.models import units
 
 from dashboards.panels import Board, Panel, Query, Row
-from dashboards.queries import BY_POOL, ENGINE, NAMESPACES, POOL, POOLS, rate, total_rate
+from dashboards.queries import BY_POOL, ENGINE, NAMESPACE, NAMESPACES, POOL, POOLS, rate, total_rate
 
 BY_PAIR = "by (namespace, kvfleet_io_pool)"
 LEGEND = "{{kvfleet_io_pool}}"
@@ -75,6 +75,18 @@ def _power() -> list[Panel]:
             stacked=True,
         ),
         Panel("Power by worker", "Of each worker's GPUs together.", units.Watt, [Query(WATTS, "{{pod}}")]),
+        Panel(
+            "Power budgets",
+            "How much of each `maxWatts` is drawn by the routers' cost model, where one is set. At 1 requests wait for power.",
+            units.PercentUnit,
+            [
+                Query(
+                    f"max by (namespace, budget) (kvfleet_power_drawn_watts{{{NAMESPACE}}}"
+                    f" / kvfleet_power_budget_watts{{{NAMESPACE}}})",
+                    "{{budget}}",
+                )
+            ],
+        ),
     ]
 
 

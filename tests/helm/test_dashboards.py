@@ -75,7 +75,7 @@ def exported() -> set[str]:
 
 async def _served() -> list[str]:
     """The metrics pages of a router and a worker, and the worker's of its accelerators."""
-    config = FleetConfig(pools=[], policies=[], telemetry=TelemetrySpec())
+    config = FleetConfig(pools=[], policies=[], telemetry=TelemetrySpec(), max_watts=1000.0)
     router = RouterApp(config, bus=Redis("redis://127.0.0.1:1", "nobody").bus())
     worker = Server(parse(["llama-8b", "--host", "127.0.0.1", "--port", "0"]))
     await router.start()
