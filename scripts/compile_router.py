@@ -46,6 +46,7 @@ CORE_MODULES = (
     "powerbudget",
     "predict",
     "routes",
+    "savings",
     "ticket",
     "worker",
 )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -25,16 +24,35 @@ Scored = tuple[str, float, tuple[float, ...]]
 """(worker, cached tokens, parts of its cost), as decisions keep it."""
 
 
-class Choice(NamedTuple):
-    worker: Worker
-    cached_tokens: float
-    cached_blocks: int
-    cost: float
-    scored: tuple[Scored, ...]
-    """The best candidates, in no order."""
-    candidate_count: int
-    rival: Rival | None = None
-    """Where least_request would go, for what that saves; None: nobody asks."""
+class Choice:
+    __slots__ = ("cached_blocks", "cached_tokens", "candidate_count", "cost", "rival", "scored", "worker")
+
+    def __init__(
+        self,
+        worker: Worker,
+        cached_tokens: float,
+        cached_blocks: int,
+        cost: float,
+        scored: tuple[Scored, ...],
+        candidate_count: int,
+        rival: Rival | None,
+    ) -> None:
+        self.worker = worker
+        self.cached_tokens = cached_tokens
+        self.cached_blocks = cached_blocks
+        self.cost = cost
+        self.scored = scored
+        """The best candidates, in no order."""
+        self.candidate_count = candidate_count
+        self.rival = rival
+        """Where least_request would go, for what that saves; None: nobody asks."""
+
+    def instead_of(self, other: Choice, scored: tuple[Scored, ...] | None = None) -> Choice:
+        """This one, made among fewer candidates, in the place of the first choice."""
+        self.candidate_count, self.rival = other.candidate_count, other.rival
+        if scored is not None:
+            self.scored = scored
+        return self
 
 
 def choose(
@@ -146,14 +164,20 @@ def _choose_by_columns(
 
 def _rival(workers: Sequence[Worker], cached: Sequence[float] | Array, winner: int) -> Rival:
     """The worker with the fewest in flight; of several the next one after the winner, so that it is not always the same."""
-    counts = [worker.in_flight for worker in workers]
-    least = min(counts)
-    ties = counts.count(least)
-    try:
-        place = counts.index(least, winner + 1)
-    except ValueError:
-        place = counts.index(least)
-    return Rival(workers[place], float(cached[place]), least, ties)
+    least = workers[0].in_flight
+    for worker in workers:
+        if worker.in_flight < least:
+            least = worker.in_flight
+    ties, first, after = 0, -1, -1
+    for place, worker in enumerate(workers):
+        if worker.in_flight == least:
+            ties += 1
+            if first < 0:
+                first = place
+            if after < 0 and place > winner:
+                after = place
+    chosen = after if after >= 0 else first
+    return Rival(workers[chosen], float(cached[chosen]), least, ties)
 
 
 def _better_of_two(places: list[int], costs: list[float], rng: random.Random, best: int) -> int:

@@ -6,43 +6,81 @@ decision's id carries its sequence number, so looking one up needs no index, and
 
 from __future__ import annotations
 
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 MAX_CANDIDATES: Final = 8
 """Candidates kept per try: the best ones."""
 
 
-class Try(NamedTuple):
+class Try:
     """One choice of a worker."""
 
-    at: float
-    worker: str
-    candidates: tuple[tuple[str, float, tuple[float, ...]], ...]
-    """(worker, cached tokens, parts of its cost), in no order."""
-    candidate_count: int
-    predicted_ttft_s: float
-    predicted_joules: float
-    phase: str = ""
-    """`prefill` or `decode`, where the two are done apart."""
-    precise: bool = False
-    """The worker told by KV events what it has cached."""
-    guessed_tokens: float = 0.0
-    """Cached tokens on this worker as the router's own routing lets expect."""
-    saved_joules: float | None = None
-    """Against where least_request would have sent it; None: not known, or not the first try."""
+    __slots__ = (
+        "at",
+        "candidate_count",
+        "candidates",
+        "guessed_tokens",
+        "phase",
+        "precise",
+        "predicted_joules",
+        "predicted_ttft_s",
+        "saved_joules",
+        "worker",
+    )
+
+    def __init__(
+        self,
+        at: float,
+        worker: str,
+        candidates: tuple[tuple[str, float, tuple[float, ...]], ...],
+        candidate_count: int,
+        predicted_ttft_s: float,
+        predicted_joules: float,
+        phase: str = "",
+        precise: bool = False,
+        guessed_tokens: float = 0.0,
+        saved_joules: float | None = None,
+    ) -> None:
+        self.at = at
+        self.worker = worker
+        self.candidates = candidates
+        """(worker, cached tokens, parts of its cost), in no order."""
+        self.candidate_count = candidate_count
+        self.predicted_ttft_s = predicted_ttft_s
+        self.predicted_joules = predicted_joules
+        self.phase = phase
+        """`prefill` or `decode`, where the two are done apart."""
+        self.precise = precise
+        """The worker told by KV events what it has cached."""
+        self.guessed_tokens = guessed_tokens
+        """Cached tokens on this worker as the router's own routing lets expect."""
+        self.saved_joules = saved_joules
+        """Against where least_request would have sent it; None: not known, or not the first try."""
 
 
-class Outcome(NamedTuple):
+class Outcome:
     """How it ended."""
 
-    at: float
-    result: str
-    """ok | failed | abandoned | refused"""
-    detail: str
-    first_token_at: float | None = None
-    prompt_tokens: int | None = None
-    cached_tokens: int | None = None
-    output_tokens: int | None = None
+    __slots__ = ("at", "cached_tokens", "detail", "first_token_at", "output_tokens", "prompt_tokens", "result")
+
+    def __init__(
+        self,
+        at: float,
+        result: str,
+        detail: str,
+        first_token_at: float | None = None,
+        prompt_tokens: int | None = None,
+        cached_tokens: int | None = None,
+        output_tokens: int | None = None,
+    ) -> None:
+        self.at = at
+        self.result = result
+        """ok | failed | abandoned | refused"""
+        self.detail = detail
+        self.first_token_at = first_token_at
+        self.prompt_tokens = prompt_tokens
+        self.cached_tokens = cached_tokens
+        self.output_tokens = output_tokens
 
 
 class Decision:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from struct import iter_unpack
-from typing import Final
+from typing import Any, Final, cast
 
 from xxhash import xxh3_64_intdigest
 
@@ -27,6 +27,6 @@ def seed_of(model: str, cache_salt: str | None, block_bytes: int) -> int:
 def block_hashes(prompt: bytes, *, seed: int, block_bytes: int) -> list[int]:
     """Chained hashes of the prompt's whole blocks; a last part of a block has no hash."""
     blocks = min(len(prompt) // block_bytes, MAX_BLOCKS)
-    digest = xxh3_64_intdigest
+    digest, chain = xxh3_64_intdigest, cast(Any, seed)  # Any: compiled code keeps the objects that the loop hands on
     whole = memoryview(prompt)[: blocks * block_bytes]
-    return [seed := digest(block, seed) for (block,) in iter_unpack(f"{block_bytes}s", whole)]
+    return [chain := digest(block, chain) for (block,) in iter_unpack(f"{block_bytes}s", whole)]

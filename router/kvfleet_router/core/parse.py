@@ -36,6 +36,7 @@ from kvfleet_router.core.bodies import (
 Kind = Literal["chat", "completions", "other"]
 _NO_HEADERS: Mapping[bytes, bytes] = {}
 _LIST, _OBJECT = b"[{"
+_ROLES = {role: b"\n%b\n" % role.encode() for role in ("system", "developer", "user", "assistant", "tool")}
 
 MEDIA_BYTES: Final = 4096
 """What an image, an audio clip or a video counts in the prompt: about a thousand tokens."""
@@ -211,7 +212,8 @@ def _conversation(chat: Chat, system: msgspec.Raw) -> bytes:
         raise RequestError(problem, param="messages", code="missing_required_parameter")
     pieces: list[bytes | msgspec.Raw] = [chat.tools, system]
     for message in chat.messages:
-        pieces.append(b"\n%b\n" % message.role.encode())
+        role = message.role
+        pieces.append(_ROLES.get(role) or b"\n%b\n" % role.encode())
         content = message.content
         if content:
             if memoryview(content)[0] == _LIST:
@@ -320,7 +322,8 @@ def _whole(value: Scalar, lowest: int, highest: int, default: int | None) -> int
 
 
 def _header(headers: Mapping[bytes, bytes], name: bytes) -> str:
-    return headers.get(name, b"")[:MAX_NAME_BYTES].decode("latin-1")
+    value = headers.get(name)
+    return "" if value is None else value[:MAX_NAME_BYTES].decode("latin-1")
 
 
 def _wrong_type(error: msgspec.ValidationError) -> RequestError:

@@ -269,9 +269,7 @@ class Placement:
             return choice
         other = choose(arrival, Candidates(free), self._fleet.index, self._fleet.table, self._rng, now)
         waiting, at_once = (sum(ttft_parts(arrival, one.worker, one.cached_tokens, now)) for one in (choice, other))
-        return (
-            other._replace(candidate_count=choice.candidate_count, rival=choice.rival) if at_once < waiting else choice
-        )
+        return other.instead_of(choice) if at_once < waiting else choice
 
     def _as_preferred(self, arrival: Arrival, candidates: Candidates, choice: Choice, now: float) -> Choice:
         """The choice among the workers that the request would rather go to, unless that costs too much."""
@@ -289,7 +287,7 @@ class Placement:
             return choice
         known = {name for name, *_ in other.scored}
         scored = (*other.scored, *[one for one in choice.scored if one[0] not in known])[:MAX_CANDIDATES]
-        return other._replace(scored=scored, candidate_count=choice.candidate_count, rival=choice.rival)
+        return other.instead_of(choice, scored)
 
     def _pick_prefill(self, arrival: Arrival, now: float) -> tuple[Arrival, Choice, bool] | None:
         """The Prefill worker for this prompt, and the arrival as it looks there; None: all are gone, full or failed."""
@@ -326,7 +324,7 @@ class Placement:
             now,
             predicted_ttft_s=predicted_ttft_s,
             cached_tokens=cached,
-            prefill_s=worker.pool_state.cost.prefill_s(prompt - cached, prompt),
+            prefill_s=worker.pool_state.prefill_s(prompt - cached, prompt),
             joules=joules,
             pinned=pinned,
             pin_epoch=cache.epoch,

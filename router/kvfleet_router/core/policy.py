@@ -55,8 +55,7 @@ class Policy(ABC):
         self, arrival: Arrival, workers: Sequence[Worker], cached_tokens: Sequence[float], now: float
     ) -> list[tuple[float, ...]]:
         """`score` for each of the candidates."""
-        score = self.score
-        return [score(arrival, worker, tokens, now) for worker, tokens in zip(workers, cached_tokens, strict=True)]
+        return [self.score(arrival, worker, cached_tokens[place], now) for place, worker in enumerate(workers)]
 
     def score_many(self, arrival: Arrival, workers: Columns, cached_tokens: Array, now: float) -> tuple[Array, ...]:
         """`score` over columns of workers: one array per part."""

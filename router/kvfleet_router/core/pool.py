@@ -72,6 +72,8 @@ class Pool:
 
     def _start_learning(self, cost: CostModel) -> None:
         self.cost = cost
+        self._prefill_s_per_token = cost.prefill_s_per_token
+        self._prefill_s_per_token_pair = cost.prefill_s_per_token_pair
         self.joules = Figures.of(cost)
         self.calibration = Calibration(cost.step_s, cost.step_s_per_sequence)
         self.prefill_factor, self.step_s, self.step_s_per_sequence = self.calibration.figures()
@@ -137,9 +139,14 @@ class Pool:
         prefill_s = self.prefill_factor * cost.prefill_s(stats.mean_uncached_tokens, stats.mean_prompt_tokens)
         return max(prefill_s + stats.outputs.mean * (self.step_s / sequences + slope_s), 1e-6)
 
+    def prefill_s(self, uncached_tokens: float, prompt_tokens: float) -> float:
+        """`CostModel.prefill_s`, for every request: the router's own arithmetic is compiled."""
+        context = prompt_tokens - uncached_tokens / 2
+        return uncached_tokens * (self._prefill_s_per_token + self._prefill_s_per_token_pair * context)
+
     def unloaded_ttft_s(self, prompt_tokens: float) -> float:
         """TTFT of an uncached prompt on an idle worker."""
-        return self.prefill_factor * self.cost.prefill_s(prompt_tokens, prompt_tokens) + self.step_s
+        return self.prefill_factor * self.prefill_s(prompt_tokens, prompt_tokens) + self.step_s
 
     def predicted_ttft_s(self, cached_share: float, now: float) -> float:
         """TTFT of a mean prompt that came now and found this share of itself cached; without a worker: on an idle one."""

@@ -27,14 +27,17 @@ Difference = tuple[float, float, float, float]
 """Decode steps, tokens, prefill tokens, idle seconds: what was done instead, less what was done."""
 
 
-class Rival(NamedTuple):
+class Rival:
     """Where least_request would have sent the request."""
 
-    worker: Worker
-    cached_tokens: float
-    in_flight: int
-    ties: int
-    """Candidates with so few in flight."""
+    __slots__ = ("cached_tokens", "in_flight", "ties", "worker")
+
+    def __init__(self, worker: Worker, cached_tokens: float, in_flight: int, ties: int) -> None:
+        self.worker = worker
+        self.cached_tokens = cached_tokens
+        self.in_flight = in_flight
+        self.ties = ties
+        """Candidates with so few in flight."""
 
 
 class _Sums:

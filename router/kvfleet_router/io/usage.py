@@ -6,13 +6,13 @@ few kilobytes are searched, once. Text that a model wrote cannot pose as usage: 
 
 from __future__ import annotations
 
-import re
 from typing import Final, NamedTuple
 
 SEARCHED_BYTES: Final = 8192
 _LONGEST_USAGE: Final = 1024
 
-_COUNT = re.compile(rb'"((?:prompt|input|completion|output|cached)_tokens)":\s*(\d{1,9})')
+_MOST_DIGITS: Final = 9
+_SPACE, _ZERO, _NINE = b" 09"
 
 
 class Usage(NamedTuple):
@@ -31,13 +31,26 @@ def read_usage(end: bytes) -> Usage:
     start = end.rfind(b'"usage":')
     if start < 0:
         return NO_USAGE
-    counts = dict(_COUNT.findall(end, start, start + _LONGEST_USAGE))
-    return Usage(
-        _number(counts.get(b"prompt_tokens") or counts.get(b"input_tokens")),
-        _number(counts.get(b"completion_tokens") or counts.get(b"output_tokens")),
-        _number(counts.get(b"cached_tokens")),
-    )
+    stop = min(start + _LONGEST_USAGE, len(end))
+    prompt = _count(end, b'"prompt_tokens":', start, stop)
+    output = _count(end, b'"completion_tokens":', start, stop)
+    if prompt is None:
+        prompt = _count(end, b'"input_tokens":', start, stop)
+    if output is None:
+        output = _count(end, b'"output_tokens":', start, stop)
+    return Usage(prompt, output, _count(end, b'"cached_tokens":', start, stop))
 
 
-def _number(digits: bytes | None) -> int | None:
-    return None if digits is None else int(digits)
+def _count(data: bytes, name: bytes, start: int, stop: int) -> int | None:
+    """The number behind the last `name`; None where there is none."""
+    at = data.rfind(name, start, stop)
+    if at < 0:
+        return None
+    at += len(name)
+    while at < stop and data[at] == _SPACE:
+        at += 1
+    first, value = at, 0
+    while at < stop and at - first < _MOST_DIGITS and _ZERO <= data[at] <= _NINE:
+        value = 10 * value + data[at] - _ZERO
+        at += 1
+    return value if at > first else None

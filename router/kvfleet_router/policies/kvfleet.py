@@ -127,6 +127,7 @@ class KVFleet(Policy):
     def __init__(self, config: PolicyConfig) -> None:
         super().__init__(config)
         self.hold_above_s = self.latency.hold_above_s
+        self._itl_slo_s = config.itl_slo_s
         self._prices_energy = config.energy_mode != "Off"
         self._fading = [_between(self.latency, GUARD, step / FADING_STEPS) for step in range(FADING_STEPS + 1)]
 
@@ -164,7 +165,7 @@ class KVFleet(Policy):
             evict = weights.eviction * overflow * worker.prefill_s_per_token * exp(-age / EVICTION_AGE_S)
 
         if weights.itl_slo_s:
-            target = self.config.itl_slo_s
+            target = self._itl_slo_s
             middle, width = weights.itl_margin * target, ITL_SHARPNESS * target
             free = 1.0 - share
             left = free - own / PREFILL_SHARE_WINDOW_S
@@ -212,7 +213,7 @@ class KVFleet(Policy):
 
         slo = np.zeros_like(own)
         if weights.itl_slo_s:
-            target = self.config.itl_slo_s
+            target = self._itl_slo_s
             middle, width = weights.itl_margin * target, ITL_SHARPNESS * target
             free = 1.0 - share
             step_with = step + per_sequence + per_token * prompt
@@ -255,9 +256,9 @@ def _stalled(arrival: Arrival, own: float, spare: float, worker: Worker, now: fl
     suffered)/spare tokens to be inside the SLO on average: it is ruined if it ends between that length without this prefill
     and that with it.
     """
-    share = arrival.outputs.share_up_to
+    outputs = arrival.outputs
     more = own / spare
-    stalled = worker.pending * (share(1.0 + more) - arrival.outputs.shares[0])
+    stalled = worker.pending * (outputs.share_up_to(1.0 + more) - outputs.share_up_to(1.0)) if worker.pending else 0.0
     backlog, prefill_seconds, step = worker.backlog_s, worker.prefill_seconds, worker.step_now_s
     running = min(now - worker.head_since, worker.head_prefill_s) if backlog else 0.0
     # A decision's innermost loop: locals, no min and max.
@@ -267,9 +268,10 @@ def _stalled(arrival: Arrival, own: float, spare: float, worker: Worker, now: fl
         decoded = now - since - suffered - running
         age = 1.0 + decoded / step if decoded > 0.0 else 1.0
         if age < safe + more:
-            past = share(age)
+            past = outputs.share_up_to(age)
             if past < 1.0:
-                stalled += (share(safe + more) - (past if age > safe else share(safe))) / (1.0 - past)
+                until = outputs.share_up_to(safe + more)
+                stalled += (until - (past if age > safe else outputs.share_up_to(safe))) / (1.0 - past)
     return stalled
 
 
