@@ -39,6 +39,8 @@ from kvfleet_router.io.upstream import UpstreamConnection
 from kvfleet_router.io.usage import read_usage
 
 WORKERS, UNDER_WAY, BLOCK_BYTES = 4, 32, 256
+WARM_UP = 5000
+"""Requests before any is measured: the log of decisions is full then, and each new one overwrites another."""
 HEAD = (
     b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:8000\r\nContent-Type: application/json\r\nAccept: */*\r\n"
     b"Authorization: Bearer sk-bench\r\nContent-Length: %d\r\n\r\n"
@@ -203,7 +205,7 @@ async def measure(size: int, requests: int, strategy: str) -> dict[str, float]:
     await app.start()
     app.server.handler = app.proxy
     profile = Profile(app, size)
-    for _ in range(requests // 10):
+    for _ in range(max(requests // 10, WARM_UP)):
         profile.one()
     profile.times.samples.clear()
     for _ in range(requests):

@@ -6,14 +6,14 @@ import pytest
 from rich.console import Console
 
 from kvfleet.explain import WHY_GUESSED, explain_decision
-from kvfleet_router.core.decisions import DecisionLog, Outcome, Try
+from kvfleet_router.core.decisions import DecisionLog, Outcome, Scores, Try
 
 
 def words(made, why_guessed="", outcome=None):
     log = DecisionLog(4, prefix="abc")
     decision = log.open("r", 0.0)
     decision.model, decision.parts, decision.why_guessed = "m", ("prefill",), why_guessed
-    decision.tries.append(made)
+    decision.tries += (made,)
     decision.outcome = outcome
     console = Console(width=200, file=StringIO())
     console.print(explain_decision(log.render(decision)))
@@ -21,7 +21,7 @@ def words(made, why_guessed="", outcome=None):
 
 
 def tried(**told):
-    return Try(0.0, "w1", (("w1", 1024.0, (1.0,)), ("w2", 0.0, (2.0,))), 2, 0.25, 12.0, **told)
+    return Try(0.0, "w1", Scores.of([("w1", 1024.0, (1.0,)), ("w2", 0.0, (2.0,))]), 2, 0.25, 12.0, **told)
 
 
 CAME = Outcome(2.0, "ok", "", 1.0, 1500, 1008, 20)

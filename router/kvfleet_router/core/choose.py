@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from struct import pack
 
 import numpy as np
 
 from kvfleet_router.core.columns import Array, Table, spread
-from kvfleet_router.core.decisions import MAX_CANDIDATES
+from kvfleet_router.core.decisions import MAX_CANDIDATES, Scores
 from kvfleet_router.core.exact import look_up, overlay
 from kvfleet_router.core.index import Match, PrefixIndex
 from kvfleet_router.core.policy import Policy
@@ -19,9 +20,6 @@ from kvfleet_router.core.routes import Candidates
 from kvfleet_router.core.savings import Rival
 from kvfleet_router.core.ticket import Arrival
 from kvfleet_router.core.worker import Worker
-
-Scored = tuple[str, float, tuple[float, ...]]
-"""(worker, cached tokens, parts of its cost), as decisions keep it."""
 
 
 class Choice:
@@ -33,7 +31,7 @@ class Choice:
         cached_tokens: float,
         cached_blocks: int,
         cost: float,
-        scored: tuple[Scored, ...],
+        scored: Scores,
         candidate_count: int,
         rival: Rival | None,
     ) -> None:
@@ -47,7 +45,7 @@ class Choice:
         self.rival = rival
         """Where least_request would go, for what that saves; None: nobody asks."""
 
-    def instead_of(self, other: Choice, scored: tuple[Scored, ...] | None = None) -> Choice:
+    def instead_of(self, other: Choice, scored: Scores | None = None) -> Choice:
         """This one, made among fewer candidates, in the place of the first choice."""
         self.candidate_count, self.rival = other.candidate_count, other.rival
         if scored is not None:
@@ -113,10 +111,14 @@ def _choose_one_by_one(
         winner = _better_of_two(
             [place for place, cost in enumerate(costs) if cost <= least + near * abs(least)], costs, rng, winner
         )
-    kept: Sequence[int] = range(len(workers))
+    kept = list(range(len(workers)))
     if len(workers) > MAX_CANDIDATES:
         kept = sorted(kept, key=costs.__getitem__)[:MAX_CANDIDATES]
-    scored = tuple([(workers[place].name, cached[place], scores[place]) for place in kept])
+    figures: list[float] = []
+    for place in kept:
+        figures.append(cached[place])
+        figures += scores[place]
+    scored = Scores(tuple([workers[place].name for place in kept]), pack(f"{len(figures)}d", *figures))
     rival = _rival(workers, cached, winner) if arrival.lane.priced else None
     return Choice(workers[winner], cached[winner], depths[winner], costs[winner], scored, len(workers), rival)
 
@@ -154,8 +156,8 @@ def _choose_by_columns(
         if len(workers) > MAX_CANDIDATES
         else np.arange(len(workers))
     )
-    rows = zip(kept.tolist(), cached[kept].tolist(), parts[:, kept].T.tolist(), strict=True)
-    scored = tuple([(workers[place].name, tokens, tuple(score)) for place, tokens, score in rows])
+    names = tuple([workers[place].name for place in kept.tolist()])
+    scored = Scores(names, np.vstack((cached[kept], parts[:, kept])).T.tobytes())
     rival = _rival(workers, cached, winner) if arrival.lane.priced else None
     return Choice(
         workers[winner], float(cached[winner]), int(depths[winner]), float(costs[winner]), scored, len(workers), rival

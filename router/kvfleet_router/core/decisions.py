@@ -1,15 +1,47 @@
 """The bounded log of decisions: why each request went where it went, what was predicted, what came.
 
-On the hot path a decision is one object and a tuple per try; dicts are made when someone asks. The log is a ring: a
-decision's id carries its sequence number, so looking one up needs no index, and a new one overwrites the oldest.
+On the hot path a decision is one object and another per try; dicts are made when someone asks. The log is a ring: a
+decision's id carries its sequence number, so looking one up needs no index, and a new one overwrites the oldest. The oldest
+is in no cache of the processor any more, so what it consists of is few pieces: freeing each is a wait for memory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from struct import pack, unpack
 from typing import Any, Final
 
 MAX_CANDIDATES: Final = 8
 """Candidates kept per try: the best ones."""
+
+
+Scored = tuple[str, float, tuple[float, ...]]
+"""(worker, cached tokens, parts of its cost)"""
+
+
+class Scores:
+    """Candidates and their figures, in two pieces: names, and per candidate cached tokens and the parts of its cost."""
+
+    __slots__ = ("_figures", "names")
+
+    def __init__(self, names: tuple[str, ...], figures: bytes) -> None:
+        """`figures`: native doubles, candidate by candidate."""
+        self.names = names
+        self._figures = figures
+
+    @staticmethod
+    def of(rows: Sequence[Scored]) -> Scores:
+        figures = [figure for _, cached, parts in rows for figure in (cached, *parts)]
+        return Scores(tuple([name for name, _, _ in rows]), pack(f"{len(figures)}d", *figures))
+
+    def rows(self) -> list[Scored]:
+        figures = unpack(f"{len(self._figures) // 8}d", self._figures)
+        width = len(figures) // max(len(self.names), 1)
+        starts = [place * width for place in range(len(self.names))]
+        return [
+            (name, figures[start], figures[start + 1 : start + width])
+            for name, start in zip(self.names, starts, strict=True)
+        ]
 
 
 class Try:
@@ -32,7 +64,7 @@ class Try:
         self,
         at: float,
         worker: str,
-        candidates: tuple[tuple[str, float, tuple[float, ...]], ...],
+        candidates: Scores,
         candidate_count: int,
         predicted_ttft_s: float,
         predicted_joules: float,
@@ -44,7 +76,7 @@ class Try:
         self.at = at
         self.worker = worker
         self.candidates = candidates
-        """(worker, cached tokens, parts of its cost), in no order."""
+        """The best ones, in no order."""
         self.candidate_count = candidate_count
         self.predicted_ttft_s = predicted_ttft_s
         self.predicted_joules = predicted_joules
@@ -113,8 +145,8 @@ class Decision:
         self.model = self.policy = self.strategy = self.tenant = ""
         self.parts: tuple[str, ...] = ()
         self.prompt_tokens = self.expected_output_tokens = 0.0
-        self.tries: list[Try] = []
-        self.causes: list[str] = []
+        self.tries: tuple[Try, ...] = ()
+        self.causes: tuple[str, ...] = ()
         """Why each try but the last was given up; empty: it handed on what it computed."""
         self.outcome: Outcome | None = None
         self.why_guessed = ""
@@ -199,7 +231,7 @@ class DecisionLog:
                     "cost": sum(parts),
                     "parts": dict(zip(decision.parts, parts, strict=True)),
                 }
-                for worker, cached, parts in sorted(made.candidates, key=lambda scored: sum(scored[2]))
+                for worker, cached, parts in sorted(made.candidates.rows(), key=lambda scored: sum(scored[2]))
             ],
             "given_up": (decision.causes[number] or None) if number < len(decision.causes) else None,
         }

@@ -399,7 +399,7 @@ class Dispatcher:
         arrival = ticket.arrival
         self._release(ticket, now)
         self._circuits.failed(ticket.worker, now, ticket.policy.resilience)
-        arrival.decision.causes.append(cause)
+        arrival.decision.causes += (cause,)
         arrival.attempt += 1
         arrival.received_tokens = 0.0  # whether it can be fetched once more, nobody knows
         arrival.excluded = (*arrival.excluded, ticket.worker.name)
@@ -436,7 +436,7 @@ class Dispatcher:
         self._release(ticket, now)
         learn(ticket, None, prompt_tokens, cached_tokens, now)
         self._circuits.answered(worker)
-        arrival.decision.causes.append("" if handed else NOTHING_HANDED)
+        arrival.decision.causes += ("" if handed else NOTHING_HANDED,)
         arrival.received_tokens = arrival.prompt_tokens - 1.0 if handed else 0.0
         arrival.whole = not handed
         lane = self._routes.find(arrival.parsed)
@@ -473,9 +473,11 @@ class Dispatcher:
         if failed:
             self._circuits.failed(worker, now, ticket.policy.resilience)
         given_up = len(decision.causes)  # tries that are given up stand before the one that counts, as their causes do
-        at = next(i for i in range(given_up, len(decision.tries)) if decision.tries[i].worker == worker.name)
-        decision.tries.insert(given_up, decision.tries.pop(at))
-        decision.causes.append(cause)
+        tries = list(decision.tries)
+        at = next(i for i in range(given_up, len(tries)) if tries[i].worker == worker.name)
+        tries.insert(given_up, tries.pop(at))
+        decision.tries = tuple(tries)
+        decision.causes += (cause,)
         self._placement.pump(worker, now)
 
     def tick(self) -> float | None:
@@ -514,7 +516,8 @@ class Dispatcher:
         why_guessed = "" if asked else reason_to_guess(lane)
         parsed.prompt = parsed.body = b""
         decision = decision or self.decisions.open(request_id, now)
-        decision.model, decision.policy, decision.strategy = parsed.model, config.name, config.strategy
+        decision.model = lane.model if lane.model == parsed.model else parsed.model  # one text for all its requests
+        decision.policy, decision.strategy = config.name, config.strategy
         decision.tenant = parsed.tenant
         decision.parts, decision.prompt_tokens = policy.parts, tokens
         decision.why_guessed = why_guessed

@@ -48,7 +48,7 @@ def try_dry(placement: Placement, arrival: Arrival, now: float) -> Verdict:
     precise = is_known(arrival, choice.worker)
     guessed = min(choice.cached_blocks * arrival.block_tokens, arrival.prompt_tokens)
     made = Try(now, choice.worker.name, choice.scored, choice.candidate_count, ttft, joules, phase, precise, guessed)
-    arrival.decision.tries.append(made)
+    arrival.decision.tries += (made,)
     waiting = placement.queue.waiting(arrival.lane)
     if waiting:
         return "hold", f"{waiting} others wait at the router already: it would join them"

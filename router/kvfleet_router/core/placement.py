@@ -18,7 +18,7 @@ from typing import Final, NamedTuple
 
 from kvfleet_router.core.affinity import PATIENCE_S, Affinity, crowded
 from kvfleet_router.core.choose import Choice, choose
-from kvfleet_router.core.decisions import MAX_CANDIDATES, Outcome, Try
+from kvfleet_router.core.decisions import MAX_CANDIDATES, Outcome, Scores, Try
 from kvfleet_router.core.disaggregation import divisible
 from kvfleet_router.core.energy import marginal_joules
 from kvfleet_router.core.exact import note
@@ -285,9 +285,9 @@ class Placement:
         other = choose(arrival, Candidates(preferred), self._fleet.index, self._fleet.table, self._rng, now)
         if policy.in_seconds and other.cost > choice.cost + PATIENCE_S:
             return choice
-        known = {name for name, *_ in other.scored}
-        scored = (*other.scored, *[one for one in choice.scored if one[0] not in known])[:MAX_CANDIDATES]
-        return other.instead_of(choice, scored)
+        rows = other.scored.rows()
+        rows += [row for row in choice.scored.rows() if row[0] not in other.scored.names]
+        return other.instead_of(choice, Scores.of(rows[:MAX_CANDIDATES]))
 
     def _pick_prefill(self, arrival: Arrival, now: float) -> tuple[Arrival, Choice, bool] | None:
         """The Prefill worker for this prompt, and the arrival as it looks there; None: all are gone, full or failed."""
@@ -357,7 +357,7 @@ class Placement:
             min(choice.cached_blocks * arrival.block_tokens, prompt),
             saved,
         )
-        arrival.decision.tries.append(made)
+        arrival.decision.tries += (made,)
         return ticket
 
     def _hold(self, arrival: Arrival, on_assigned: OnAssigned, own_s: float, now: float) -> Held | Refusal:

@@ -48,7 +48,7 @@ def decide(fleet, parsed, columns_from, monkeypatch):
     candidates = lane.candidates(arrival, random.Random(1))
     rng = random.Random(1)
     choice = choose(arrival, candidates, dispatcher._fleet.index, dispatcher._fleet.table, rng, fleet.now)
-    parts = {name: (cached, scores) for name, cached, scores in choice.scored}
+    parts = {name: (cached, scores) for name, cached, scores in choice.scored.rows()}
     return parts, choice
 
 

@@ -5,7 +5,7 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfleet_router.core.decisions import DecisionLog, Outcome, Try
+from kvfleet_router.core.decisions import DecisionLog, Outcome, Scores, Try
 
 
 @given(st.integers(1, 20), st.integers(0, 60))
@@ -32,7 +32,7 @@ def test_a_record_is_json_with_unix_times_and_the_cheapest_candidate_first():
     log = DecisionLog(4, prefix="abc", epoch_s=1000.0)
     decision = log.open("r", 5.0)
     decision.parts = ("backlog", "prefill")
-    decision.tries.append(Try(6.0, "w2", (("w1", 0.0, (3.0, 1.0)), ("w2", 64.0, (0.5, 1.0))), 2, 0.25, 12.0))
+    decision.tries += (Try(6.0, "w2", Scores.of([("w1", 0.0, (3.0, 1.0)), ("w2", 64.0, (0.5, 1.0))]), 2, 0.25, 12.0),)
     decision.outcome = Outcome(8.0, "ok", "", 6.5, 100, 64, 20)
     record = json.loads(json.dumps(log.get(decision.id)))
     assert (record["time"], record["held_s"]) == (1005.0, 1.0)
