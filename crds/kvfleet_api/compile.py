@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from kvfleet_api.acceleratorprofile import AcceleratorProfile
 from kvfleet_api.common import Resource
 from kvfleet_api.cost import CostModel
-from kvfleet_api.fleetconfig import Endpoint, FleetConfig, PolicyConfig, PoolConfig, WeightedPool
+from kvfleet_api.fleetconfig import Endpoint, FleetConfig, PolicyConfig, PoolConfig, WeightedPool, WorkerTLS
 from kvfleet_api.fleetrouter import FleetRouter
 from kvfleet_api.modelpool import ModelPool
 from kvfleet_api.power import least_watts
@@ -32,6 +32,8 @@ from kvfleet_api.routingpolicy import RoutingPolicy, RoutingPolicySpec, TokenRan
 GENERATED_POLICY: Final = "kvfleet.default"
 """Name of the policy for pools no policy names. With its dot it can be nobody's RoutingPolicy."""
 TOKENIZERS_PATH: Final = "/etc/kvfleet-tokenizers"
+WORKER_CA_PATH: Final = "/etc/kvfleet-worker-ca"
+WORKER_CLIENT_PATH: Final = "/etc/kvfleet-worker-client"
 ANY_MODEL: Final = "*"
 """As a pool's or a policy's model: whatever name the client sends."""
 
@@ -280,6 +282,7 @@ def _pool(
         max_context_tokens=integer_argument(engine.args, "max-model-len") or spec.model.max_context_tokens,
         service=workers_service_name(pool.metadata.name),
         port=engine.port,
+        tls=_tls(pool),
         kv_events_port=events.port if events else None,
         kv_replay_port=events.replay_port if events else None,
         data_parallel=integer_argument(engine.args, "data-parallel-size") or 1,
@@ -287,6 +290,26 @@ def _pool(
         tokenizer_config_map=tokenizer.config_map_ref if tokenizer and events else None,
         scales_to_zero=scales_to_zero,
         wake_target=_workload(pool) if scales_to_zero else None,
+    )
+
+
+def worker_server_name(pool: ModelPool) -> str:
+    """The name that the certificates of a pool's workers are to have."""
+    given = pool.spec.engine.tls.server_name if pool.spec.engine.tls else None
+    return given or f"{workers_service_name(pool.metadata.name)}.{_namespace(pool)}.svc"
+
+
+def _tls(pool: ModelPool) -> WorkerTLS | None:
+    tls, name = pool.spec.engine.tls, pool.metadata.name
+    if tls is None:
+        return None
+    ca, client = tls.ca_config_map_ref, tls.client_certificate_secret_ref
+    return WorkerTLS(
+        server_name=worker_server_name(pool),
+        ca_path=f"{WORKER_CA_PATH}/{name}/{ca.key}" if ca else None,
+        ca_config_map=ca.name if ca else None,
+        client_certificate_path=f"{WORKER_CLIENT_PATH}/{name}" if client else None,
+        client_certificate_secret=client,
     )
 
 

@@ -42,6 +42,20 @@ class Endpoint(Schema):
     kv_replay_url: str | None = None
 
 
+class WorkerTLS(Schema):
+    """How workers prove who they are, and routers to them. Paths are as the router sees them."""
+
+    server_name: str
+    ca_path: str | None = None
+    """PEM file of the authorities to trust; none: those the system trusts."""
+    ca_config_map: str | None = None
+    """The ConfigMap that a router in a cluster has mounted there."""
+    client_certificate_path: str | None = None
+    """Directory with `tls.crt` and `tls.key`; none: routers show no certificate."""
+    client_certificate_secret: str | None = None
+    """The Secret that a router in a cluster has mounted there."""
+
+
 class PoolConfig(Schema):
     name: str
     namespace: str = "default"
@@ -59,6 +73,8 @@ class PoolConfig(Schema):
     service: str | None = None
     """Headless Service whose EndpointSlices list the workers."""
     port: int = 8000
+    tls: WorkerTLS | None = None
+    """The workers of `service` are spoken to by HTTPS. None: by HTTP."""
     kv_events_port: int | None = None
     kv_replay_port: int | None = None
     data_parallel: int = 1

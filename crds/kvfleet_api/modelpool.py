@@ -94,6 +94,39 @@ class EnvVar(Schema):
     """Its value. Secrets belong into `podTemplate`, as `valueFrom`."""
 
 
+class ConfigMapKeyRef(Schema):
+    name: Annotated[Name, Field(examples=["llama-8b-ca"])]
+    """Name of the ConfigMap, in the same namespace."""
+    key: Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[-._a-zA-Z0-9]+$", examples=["ca.crt"])] = (
+        "ca.crt"
+    )
+    """Key inside it."""
+
+
+class EngineTLSSpec(Schema):
+    """Routers and the operator speak HTTPS to the engines, which must prove who they are."""
+
+    certificate_secret_ref: Annotated[Name, Field(examples=["llama-8b-tls"])] | None = None
+    """Secret of type kubernetes.io/tls that engines are started with. None: `args` say where it is, or a proxy in the pod has it."""
+    ca_config_map_ref: ConfigMapKeyRef | None = None
+    """ConfigMap whose key holds the authorities (PEM) to trust. None: those that the images of router and operator trust."""
+    server_name: (
+        Annotated[
+            str,
+            Field(
+                min_length=1,
+                max_length=253,
+                pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$",
+                examples=["llama-8b-workers.default.svc"],
+            ),
+        ]
+        | None
+    ) = None
+    """The name in the engines' certificates. Default: `WORKERS-SERVICE.NAMESPACE.svc`, with the pool's headless Service."""
+    client_certificate_secret_ref: Annotated[Name, Field(examples=["router-client-tls"])] | None = None
+    """Secret of type kubernetes.io/tls with what routers show engines that ask for a certificate. None: they show none."""
+
+
 class EngineSpec(Schema):
     image: Annotated[str, Field(min_length=1, max_length=512)] = DEFAULT_ENGINE_IMAGE
     """Container image of the engine."""
@@ -107,6 +140,8 @@ class EngineSpec(Schema):
     """How the engine tells what its prefix cache holds."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     """HTTP port of the engine."""
+    tls: EngineTLSSpec | None = None
+    """Serve HTTPS on it. Default: HTTP."""
     block_tokens: Annotated[int, Field(ge=1, le=1024)] = 16
     """Tokens in a KV-cache block (vLLM: --block-size)."""
     startup_seconds: Annotated[int, Field(ge=10, le=86400)] = 1800

@@ -26,6 +26,7 @@ from kvfleet_operator.metrics import Metrics
 from kvfleet_operator.reconcile import adapters, lora
 from kvfleet_operator.reconcile.adapters import WORKER, Call, NoList, WorkerAdapters
 from kvfleet_operator.reconcile.dependents import Key
+from kvfleet_operator.workertls import Identity, ReadConfigMap, WorkerClients, identity_of
 from kvfleet_operator.world import World
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class _Worker:
     pool: Key
     name: str
     url: str
+    identity: Identity | None
     incarnation: str
     wanted: tuple[tuple[str, str], ...]
     static: frozenset[str]
@@ -72,19 +74,20 @@ class AdapterLoader:
         world: World,
         on_report: Callable[[Key], None],
         metrics: Metrics,
+        read: ReadConfigMap,
         *,
         fence: Callable[[], None] = lambda: None,
-        client: httpx.AsyncClient | None = None,
         eager_s: float = EAGER_S,
         calm_s: float = CALM_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`on_report(pool)` is called when something new is known of one of its workers; `fence` before each change."""
+        """`on_report(pool)` is called when something new is known of one of its workers; `read` gives ConfigMaps, with the authorities
+        to trust; `fence` is called before each change."""
         self._world = world
         self._on_report = on_report
         self._fence = fence
         unlimited = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-        self._client = client or httpx.AsyncClient(trust_env=False, limits=unlimited)
+        self._clients = WorkerClients(read, options={"limits": unlimited})
         self._eager_s = eager_s
         self._calm_s = calm_s
         self._clock = clock
@@ -107,7 +110,7 @@ class AdapterLoader:
                         group.create_task(self._take(turn))
                     await asyncio.sleep(self._eager_s)
         finally:
-            await self._client.aclose()
+            await self._clients.aclose()
 
     async def first(self) -> None:
         """Learn what every worker has, and change nothing yet: conditions are judged by it after a start."""
@@ -119,8 +122,11 @@ class AdapterLoader:
     def _workers_of(self, pool: ModelPool) -> list[_Worker]:
         key = Key("ModelPool", pool.metadata.namespace, pool.metadata.name)
         wanted, static = tuple(adapters.wanted(pool.spec).items()), frozenset(lora.static_names(pool.spec))
+        identity, port = identity_of(pool), pool.spec.engine.port
         return [
-            _Worker(key, name, base_url(pod.ip, pool.spec.engine.port), pod.incarnation, wanted, static)
+            _Worker(
+                key, name, base_url(pod.ip, port, tls=identity is not None), identity, pod.incarnation, wanted, static
+            )
             for name, pod in self._world.lora_workers(pool).items()
         ]
 
@@ -178,17 +184,19 @@ class AdapterLoader:
                 logger.info("%s: worker %s: %s", worker.pool, worker.name, error)
 
     async def _loaded(self, worker: _Worker) -> dict[str, str]:
-        status, body = await exchange(self._client, "GET", f"{worker.url}/v1/models", timeout_s=ASK_S)
+        client = await self._clients.of(worker.identity)
+        url, extensions = f"{worker.url}/v1/models", client.extensions
+        status, body = await exchange(client.http, "GET", url, timeout_s=ASK_S, extensions=extensions)
         if status != 200:
             raise NoList(f"GET {worker.url}/v1/models: HTTP {status}")
         return adapters.read_models(body)
 
     async def _call(self, worker: _Worker, call: Call) -> str | None:
         """What is wrong afterwards, if anything."""
+        client = await self._clients.of(worker.identity)
+        url, extensions = f"{worker.url}{call.path}", client.extensions
         self._fence()
-        status, body = await exchange(
-            self._client, "POST", f"{worker.url}{call.path}", json=call.body, timeout_s=LOAD_S
-        )
+        status, body = await exchange(client.http, "POST", url, json=call.body, timeout_s=LOAD_S, extensions=extensions)
         problem = adapters.verdict(call, status, body)
         self._calls.labels(call.action, "failed" if problem else "done").inc()
         known = self._world.adapters.get(worker.id, WorkerAdapters()).failures.get(call.name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
 import httpx
 
@@ -23,11 +23,13 @@ async def exchange(
     timeout_s: float,
     json: Mapping[str, str] | None = None,
     max_bytes: int = MAX_BYTES,
+    extensions: Mapping[str, Any] | None = None,
 ) -> tuple[int, bytes]:
-    """(status, body). `timeout_s` covers everything from connecting to the last byte. Raises NoAnswer."""
+    """(status, body). `timeout_s` covers everything from connecting to the last byte. `extensions`: httpx's. Raises NoAnswer."""
     body = bytearray()
     try:
-        async with asyncio.timeout(timeout_s), client.stream(method, url, json=json, timeout=None) as response:
+        request = client.stream(method, url, json=json, timeout=None, extensions=dict(extensions or {}))
+        async with asyncio.timeout(timeout_s), request as response:
             async for chunk in response.aiter_bytes():
                 body += chunk
                 if len(body) > max_bytes:
@@ -39,5 +41,6 @@ async def exchange(
     return response.status_code, bytes(body)
 
 
-def base_url(ip: str, port: int) -> str:
-    return f"http://[{ip}]:{port}" if ":" in ip else f"http://{ip}:{port}"
+def base_url(ip: str, port: int, *, tls: bool = False) -> str:
+    scheme = "https" if tls else "http"
+    return f"{scheme}://[{ip}]:{port}" if ":" in ip else f"{scheme}://{ip}:{port}"

@@ -36,6 +36,7 @@ from kvfleet_operator.lease import Lease, LeaseOptions
 from kvfleet_operator.metrics import Metrics
 from kvfleet_operator.reconcile.dependents import Key
 from kvfleet_operator.reports import Reports
+from kvfleet_operator.resources import CONFIG_MAP
 from kvfleet_operator.resync import Resync
 from kvfleet_operator.scaling.loop import Scaler, ScalerOptions
 from kvfleet_operator.statuses import StatusWriter
@@ -200,7 +201,12 @@ class Operator:
         )
         reports = Reports(self.world, controller.routers_reported, eager_s=options.report_s)
         loader = AdapterLoader(
-            self.world, controller.adapters_reported, self.metrics, fence=api.fence, eager_s=options.adapters_s
+            self.world,
+            controller.adapters_reported,
+            self.metrics,
+            partial(api.get, CONFIG_MAP),
+            fence=api.fence,
+            eager_s=options.adapters_s,
         )
         keeping = asyncio.create_task(lease.keep(), name="lease")
         listing = asyncio.create_task(_know(resync, reports, loader), name="first listing")

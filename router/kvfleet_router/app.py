@@ -46,7 +46,7 @@ from kvfleet_router.io.server import Server, addresses_text
 from kvfleet_router.io.sharing.redis_bus import BadRedis, Redis
 from kvfleet_router.io.sharing.sharer import Bus, Sharer
 from kvfleet_router.io.telemetry import Telemetry
-from kvfleet_router.io.tls import Certificate, CertificateRejected, WorkerTrust
+from kvfleet_router.io.tls import Certificate, CertificateRejected, WorkerTrust, WorkerTrusts
 from kvfleet_router.io.tracing import Tracer
 from kvfleet_router.io.upstream import Upstreams
 from kvfleet_router.policies import REGISTRY
@@ -86,7 +86,8 @@ class RouterApp:
         admin_path: Path | None = None,
     ) -> None:
         """`speed`: seconds the dispatcher's clock moves in one second, for workers simulated in compressed time.
-        `certificate`: serve clients by TLS. `worker_trust`: for workers with https addresses. `api_keys`: ask clients for a key.
+        `certificate`: serve clients by TLS. `worker_trust`: for workers with https addresses, where their
+        pool says nothing of it. `api_keys`: ask clients for a key.
         `bus`: over it other replicas are told and heard. `listeners`: bound sockets to serve clients on, instead of `host` and
         `port`; `admin_path`: a Unix socket instead of the admin port.
 
@@ -95,7 +96,8 @@ class RouterApp:
         self.admin_host, self.admin_port = admin_host or host, admin_port
         self._source = source or StaticSource()
         self._certificate = certificate
-        self._trust = worker_trust or WorkerTrust()
+        self._trusts = WorkerTrusts(worker_trust or WorkerTrust())
+        self._trusts.configure(config.pools)
         self._api_keys = api_keys
         self._listeners, self._admin_path = listeners, admin_path
         self._speed = speed
@@ -138,17 +140,17 @@ class RouterApp:
 
     async def start(self) -> None:
         """Listen, and follow the configuration source. Raises OSError where a port cannot be had; nothing listens or runs then."""
-        self.upstreams = Upstreams(self._trust)
+        self.upstreams = Upstreams(self._trusts)
         self.proxy = Proxy(
             self.dispatcher,
             self.upstreams,
             self.metrics,
-            ModelList(self.dispatcher, self._trust),
+            ModelList(self.dispatcher, self._trusts),
             clock=self.clock,
             rng=self._rng,
             speed=self._speed,
         )
-        self.prober = Prober(self.dispatcher, self._trust, self.proxy.spawn)
+        self.prober = Prober(self.dispatcher, self._trusts, self.proxy.spawn)
         self.metrics.extra.append(self.prober.metrics)
         limits = self.dispatcher.config.limits
         handler = self.proxy if self._api_keys is None else Authenticator(self.proxy, self._api_keys)
@@ -180,8 +182,7 @@ class RouterApp:
             self._follow(WatchedFiles(*self._certificate.paths).follow(self._certificate.reload))
         if self.tracer is not None:
             self._follow(self.tracer.run())
-        if self._trust.path is not None:
-            self._follow(WatchedFiles(self._trust.path).follow(self._trust.reload))
+        self._follow(self._trusts.follow())
 
     async def _listen(self) -> None:
         if self._admin_path is not None:
@@ -244,6 +245,7 @@ class RouterApp:
             self.dispatcher.configure(config)
         except ConfigError as error:
             raise ConfigRejected(str(error)) from error
+        self._trusts.configure(config.pools)
         self.loaded.take(config)
         self.server.limits = self.admin_server.limits = config.limits
         self.kv_events.update()

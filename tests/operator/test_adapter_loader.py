@@ -25,6 +25,10 @@ class Clock:
         return self.now
 
 
+async def no_config_map(namespace, name):
+    return None
+
+
 class Fleet:
     """A pool, its workers' pods, and the loader at work on them."""
 
@@ -37,7 +41,7 @@ class Fleet:
 
     def new_loader(self, **options):
         values = {"eager_s": 0.005, "clock": self.clock, **options}
-        return AdapterLoader(self.world, self.told.append, self.metrics, **values)
+        return AdapterLoader(self.world, self.told.append, self.metrics, no_config_map, **values)
 
     def put(self, manifest):
         self._version += 1
@@ -233,7 +237,7 @@ async def test_who_is_no_leader_any_more_changes_nothing(fleet, make):
     def fence():
         raise NotLeader("lost")
 
-    loader = AdapterLoader(fleet.world, fleet.told.append, Metrics(), fence=fence, eager_s=0.005)
+    loader = AdapterLoader(fleet.world, fleet.told.append, Metrics(), no_config_map, fence=fence, eager_s=0.005)
     async with worker(port=fleet.port) as server:
         fleet.pool(SQL)
         fleet.pod()
@@ -256,7 +260,7 @@ async def test_a_fault_in_one_worker_ends_nothing(fleet, caplog):
 
         from kvfleet_operator.metrics import Metrics
 
-        loader = AdapterLoader(fleet.world, tell, Metrics(), eager_s=0.005)
+        loader = AdapterLoader(fleet.world, tell, Metrics(), no_config_map, eager_s=0.005)
         task = asyncio.create_task(loader.run())
         await poll(lambda: not broken and loader._turns["default", "w1"].failures == 0 and fleet.known())
         assert "a bug" in caplog.text

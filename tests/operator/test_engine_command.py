@@ -2,11 +2,13 @@
 
 import http.server
 import json
+import ssl
 import subprocess
 import sys
 import threading
 
 import pytest
+import trustme
 
 from kvfleet_operator.reconcile import engine
 from kvfleet_operator.reconcile.workload import build
@@ -113,6 +115,35 @@ def test_arguments_that_cut_the_wiring_are_named_with_the_remedy(make):
     ]
 
 
+def test_an_engine_with_a_certificate_serves_https_and_is_probed_so(make):
+    pool = make.parse(make.pool(engine={"tls": {"certificateSecretRef": "llama-tls"}}, adapters=[]))
+    args = engine.serve_args(pool)
+    assert value_of(args, "--ssl-certfile") == "/etc/kvfleet-engine-tls/tls.crt"
+    assert value_of(args, "--ssl-keyfile") == "/etc/kvfleet-engine-tls/tls.key"
+    assert "--enable-ssl-refresh" in args
+    built = engine.container(pool, "nvidia.com/gpu")
+    assert {"name": "kvfleet-engine-tls", "mountPath": "/etc/kvfleet-engine-tls", "readOnly": True} in built[
+        "volumeMounts"
+    ]
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert built[probe]["httpGet"]["scheme"] == "HTTPS"
+
+
+def test_a_certificate_may_come_another_way(make):
+    given = {"tls": {}, "args": ["--ssl-certfile", "/own/tls.crt", "--ssl-keyfile", "/own/tls.key"]}
+    pool = make.parse(make.pool(engine=given))
+    assert value_of(engine.serve_args(pool), "--ssl-certfile") == "/own/tls.crt"
+    assert engine.unwired(pool.spec) == []
+    assert engine.container(pool, "nvidia.com/gpu")["livenessProbe"]["httpGet"]["scheme"] == "HTTPS"
+
+
+def test_an_engine_that_serves_https_unknown_to_the_pool_is_told_of(make):
+    pool = make.parse(make.pool(engine={"args": ["--ssl-certfile", "/own/tls.crt"]}))
+    assert engine.unwired(pool.spec) == [
+        "engine.args sets --ssl-certfile: set spec.engine.tls as well, or routers speak plain HTTP to engines"
+    ]
+
+
 # The drain hook
 
 
@@ -147,13 +178,22 @@ def engine_metrics():
     thread.join()
 
 
-def drain(port, settle_s, drain_s, mode="lead"):
+def drain(port, settle_s, drain_s, mode="lead", hook=engine.DRAIN_SCRIPT):
     """The hook as the kubelet runs it, its half-second rests shortened."""
-    script = engine.DRAIN_SCRIPT.replace("time.sleep(0.5)", "time.sleep(0.01)")
-    assert script != engine.DRAIN_SCRIPT
+    script = hook.replace("time.sleep(0.5)", "time.sleep(0.01)")
+    assert script != hook
     environment = {"POD_IP": "127.0.0.1", "LWS_LEADER_ADDRESS": "127.0.0.1"}
     command = [sys.executable, "-c", script, str(port), str(settle_s), str(drain_s), mode]
     return subprocess.run(command, env=environment, timeout=30, check=True)
+
+
+def test_the_drain_waits_for_an_engine_that_serves_https(engine_metrics):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    trustme.CA().issue_cert("llama-workers.default.svc").configure_cert(context)
+    engine_metrics.socket = context.wrap_socket(engine_metrics.socket, server_side=True)
+    engine_metrics.busy = 5
+    drain(engine_metrics.server_port, 0, 20, hook=engine.over_tls(engine.DRAIN_SCRIPT))
+    assert engine_metrics.scrapes == 7
 
 
 def test_the_drain_waits_until_nothing_runs(engine_metrics):

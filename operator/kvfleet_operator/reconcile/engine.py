@@ -35,10 +35,11 @@ WIRED: Final = {
     "--uds": "remove it, the engine must listen on its port",
     "--root-path": "remove it, the engine must answer at /",
     "--api-key": "remove it, routers hold no key for engines",
-    "--ssl-keyfile": "remove it, routers speak plain HTTP to engines",
-    "--ssl-certfile": "remove it, routers speak plain HTTP to engines",
 }
 """Flags that cut an engine off from probes, routers or drain when set by hand → the remedy."""
+SERVES_TLS: Final = frozenset({"--ssl-keyfile", "--ssl-certfile"})
+TLS_VOLUME: Final = "kvfleet-engine-tls"
+TLS_PATH: Final = "/etc/kvfleet-engine-tls"
 
 DRAIN_SCRIPT: Final = """\
 import os, sys, time, urllib.request
@@ -77,7 +78,11 @@ def serve_args(pool: ModelPool, *, with_lora: bool = False) -> list[str]:
 def unwired(spec: ModelPoolSpec) -> list[str]:
     """What is wrong with the user's arguments: flags that break the wiring, each with the remedy."""
     found = arguments.flags(spec.engine.args)
-    return [f"engine.args sets {flag}: {WIRED[flag]}" for flag in sorted(found & WIRED.keys())]
+    wrong = [f"engine.args sets {flag}: {WIRED[flag]}" for flag in sorted(found & WIRED.keys())]
+    if spec.engine.tls is None:
+        remedy = "set spec.engine.tls as well, or routers speak plain HTTP to engines"
+        wrong += [f"engine.args sets {flag}: {remedy}" for flag in sorted(found & SERVES_TLS)]
+    return wrong
 
 
 def _flags(spec: ModelPoolSpec) -> list[list[str]]:
@@ -103,11 +108,26 @@ def _flags(spec: ModelPoolSpec) -> list[list[str]]:
         flags.append(["--revision", model.revision])
     if model.max_context_tokens is not None:
         flags.append(["--max-model-len", str(model.max_context_tokens)])
+    if certificate_secret(spec) is not None:
+        flags += [["--ssl-certfile", f"{TLS_PATH}/tls.crt"], ["--ssl-keyfile", f"{TLS_PATH}/tls.key"]]
+        flags.append(["--enable-ssl-refresh"])
     if engine.kv_events.enabled:
         flags.append(["--kv-events-config", _json(_kv_events(spec))])
     if spec.role != "Unified":
         flags.append(["--kv-transfer-config", _json({"kv_connector": "NixlConnector", "kv_role": "kv_both"})])
     return flags
+
+
+def certificate_secret(spec: ModelPoolSpec) -> str | None:
+    """The Secret with the certificate that engines are started with."""
+    return spec.engine.tls.certificate_secret_ref if spec.engine.tls else None
+
+
+def over_tls(script: str) -> str:
+    """The script, asking by HTTPS. It asks its own worker: whose certificate that has does not matter."""
+    plain, unverified = "ProxyHandler({})", "urllib.request.HTTPSHandler(context=ssl._create_unverified_context())"
+    script = script.replace("import ", "import ssl, ", 1).replace('"http://', '"https://')
+    return script.replace(plain, f"{plain}, {unverified}")
 
 
 def _kv_events(spec: ModelPoolSpec) -> dict[str, Any]:
@@ -155,6 +175,7 @@ def container(
             {"name": CACHE_VOLUME, "mountPath": CACHE_PATH},
             {"name": "shm", "mountPath": "/dev/shm"},
             *([lora.mount()] if with_lora else []),
+            *([{"name": TLS_VOLUME, "mountPath": TLS_PATH, "readOnly": True}] if certificate_secret(spec) else []),
         ],
     }
     if not follower:
@@ -200,11 +221,12 @@ def service_ports(spec: ModelPoolSpec) -> list[tuple[str, int]]:
 
 def _probes(spec: ModelPoolSpec, with_lora: bool) -> dict[str, Any]:
     """vLLM opens its port only once it can serve: /health tells started, ready and alive alike."""
-    health = {"httpGet": {"path": "/health", "port": "http"}, "timeoutSeconds": 5}
+    scheme = {"scheme": "HTTPS"} if spec.engine.tls else {}
+    health = {"httpGet": {"path": "/health", "port": "http", **scheme}, "timeoutSeconds": 5}
     startup_period_s = 5
     return {
         "startupProbe": {
-            **(lora.startup_check(spec) if with_lora else health),
+            **(_startup_check(spec) if with_lora else health),
             "periodSeconds": startup_period_s,
             "failureThreshold": -(-spec.engine.startup_seconds // startup_period_s),
         },
@@ -213,13 +235,17 @@ def _probes(spec: ModelPoolSpec, with_lora: bool) -> dict[str, Any]:
     }
 
 
+def _startup_check(spec: ModelPoolSpec) -> dict[str, Any]:
+    return lora.startup_check(spec, over_tls(lora.LOADER) if spec.engine.tls else lora.LOADER)
+
+
 def _drain_command(spec: ModelPoolSpec, follower: bool) -> Sequence[str]:
     """The drain script; where the image has no python3, at least the time it would take."""
     return [
         "/bin/sh",
         "-c",
         'python3 -c "$0" "$1" "$2" "$3" "$4" || sleep "$3"',
-        DRAIN_SCRIPT,
+        over_tls(DRAIN_SCRIPT) if spec.engine.tls else DRAIN_SCRIPT,
         str(spec.engine.port),
         str(SETTLE_S),
         str(spec.rollout.drain_seconds),

@@ -122,9 +122,9 @@ def mount() -> dict[str, Any]:
     return {"name": VOLUME, "mountPath": FOLDER, "readOnly": True}
 
 
-def startup_check(spec: ModelPoolSpec) -> dict[str, Any]:
-    """The handler of the startup probe."""
-    command = ["python3", "-c", LOADER, str(spec.engine.port), f"{FOLDER}/{FILE}", str(LOAD_S), str(ASK_S)]
+def startup_check(spec: ModelPoolSpec, loader: str = LOADER) -> dict[str, Any]:
+    """The handler of the startup probe. `loader`: the script that loads."""
+    command = ["python3", "-c", loader, str(spec.engine.port), f"{FOLDER}/{FILE}", str(LOAD_S), str(ASK_S)]
     return {"exec": {"command": command}, "timeoutSeconds": LOAD_S + 3 * ASK_S}
 
 

@@ -124,7 +124,7 @@ def deployment(router: FleetRouter, pools: Sequence[PoolConfig] = ()) -> Manifes
 
 
 def _pod_spec(router: FleetRouter, pools: Sequence[PoolConfig]) -> dict[str, Any]:
-    volumes = [*_volumes(router), *_tokenizers(pools)]
+    volumes = [*_volumes(router), *_tokenizers(pools), *_worker_tls(pools)]
     name = names.bounded(router.metadata.name)
     return {
         "serviceAccountName": name,
@@ -219,9 +219,28 @@ def _tokenizers(pools: Sequence[PoolConfig]) -> list[Volume]:
     for pool in pools:
         if pool.tokenizer_config_map and pool.tokenizer_path:
             source = {"configMap": {"name": pool.tokenizer_config_map, "optional": True}}
-            digest = hashlib.sha256(pool.name.encode()).hexdigest()[:8]
-            found.append((f"tokenizer-{digest}", source, pool.tokenizer_path))
+            found.append((_volume_name("tokenizer", pool), source, pool.tokenizer_path))
     return found
+
+
+def _worker_tls(pools: Sequence[PoolConfig]) -> list[Volume]:
+    """Whom to trust to be a worker, and what to show workers. Optional, so that what is missing of one pool ends no router."""
+    found: list[Volume] = []
+    for pool in pools:
+        tls = pool.tls
+        if tls is None:
+            continue
+        if tls.ca_config_map and tls.ca_path:
+            source = {"configMap": {"name": tls.ca_config_map, "optional": True}}
+            found.append((_volume_name("worker-ca", pool), source, tls.ca_path.rpartition("/")[0]))
+        if tls.client_certificate_secret and tls.client_certificate_path:
+            source = {"secret": {"secretName": tls.client_certificate_secret, "optional": True}}
+            found.append((_volume_name("worker-client", pool), source, tls.client_certificate_path))
+    return found
+
+
+def _volume_name(what: str, pool: PoolConfig) -> str:
+    return f"{what}-{hashlib.sha256(pool.name.encode()).hexdigest()[:8]}"
 
 
 def _volumes(router: FleetRouter) -> list[Volume]:

@@ -121,10 +121,16 @@ def _pod_spec(pool: ModelPool, profile: AcceleratorProfile, follower: bool, with
             {"name": engine.CACHE_VOLUME, "emptyDir": {}},
             {"name": "shm", "emptyDir": {"medium": "Memory"}},
             *([lora.volume(pool)] if with_lora else []),
+            *_certificate(pool.spec),
         ],
         "tolerations": [{"key": device.resource_name, "operator": "Exists", "effect": "NoSchedule"}],
         "affinity": {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [_prefer(device.product)]}},
     }
+
+
+def _certificate(spec: ModelPoolSpec) -> list[dict[str, Any]]:
+    secret = engine.certificate_secret(spec)
+    return [{"name": engine.TLS_VOLUME, "secret": {"secretName": secret}}] if secret else []
 
 
 def _prefer(product: str) -> dict[str, Any]:

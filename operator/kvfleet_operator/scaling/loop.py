@@ -17,6 +17,7 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from typing import Final
 
 from kvfleet_operator.api import ApiError, KubeApi, NotLeader
@@ -27,12 +28,14 @@ from kvfleet_operator.autoscale.readers.routers import RouterReader
 from kvfleet_operator.autoscale.readers.source import PoolQuestion, Reader
 from kvfleet_operator.autoscale.readings import Reading, failed
 from kvfleet_operator.autoscale.startup import StartupTimes
+from kvfleet_operator.exchange import base_url
 from kvfleet_operator.metrics import Metrics
-from kvfleet_operator.resources import pod_address
+from kvfleet_operator.resources import CONFIG_MAP, pod_address
 from kvfleet_operator.scaling.effects import Effects
 from kvfleet_operator.scaling.pools import ScaledPool, scaled_pools, step_of
 from kvfleet_operator.scaling.sharing import shared
 from kvfleet_operator.statuses import StatusWriter
+from kvfleet_operator.workertls import WorkerClients, identity_of
 from kvfleet_operator.world import World
 
 logger = logging.getLogger(__name__)
@@ -77,6 +80,7 @@ class Scaler:
         self._metrics = metrics
         self._now = now
         self._routers = RouterReader()
+        self._workers = WorkerClients(partial(api.get, CONFIG_MAP), options={"timeout": None})
         self._reader = reader or self._routers
         self._history = history
         self._options = options
@@ -106,6 +110,7 @@ class Scaler:
         finally:
             await self._reader.aclose()
             await self._routers.aclose()
+            await self._workers.aclose()
 
     async def look(self) -> bool:
         """A round, if it is time for one. True where there was one."""
@@ -158,17 +163,16 @@ class Scaler:
 
     async def _question(self, pool: ScaledPool) -> PoolQuestion:
         """Workers are looked up for the pools alone that are scaled on something only workers know."""
-        workers: list[str] = []
-        if pool.asks_workers:
-            try:
-                addresses = [pod_address(pod) for pod in await self._effects.pods(pool)]
-            except ApiError as error:
-                logger.warning("%s: its workers cannot be listed: %s", pool.name, error)
-                addresses = []
-            workers = [
-                f"http://{f'[{ip}]' if ':' in ip else ip}:{pool.config.port}" for ip in addresses if ip is not None
-            ]
-        return PoolQuestion(pool.signals, pool.router_urls, workers)
+        if not pool.asks_workers:
+            return PoolQuestion(pool.signals, pool.router_urls)
+        try:
+            addresses = [pod_address(pod) for pod in await self._effects.pods(pool)]
+        except ApiError as error:
+            logger.warning("%s: its workers cannot be listed: %s", pool.name, error)
+            addresses = []
+        identity = identity_of(pool.pool)
+        workers = [base_url(ip, pool.config.port, tls=identity is not None) for ip in addresses if ip is not None]
+        return PoolQuestion(pool.signals, pool.router_urls, workers, await self._workers.of(identity))
 
     def _measured(self, pools: Sequence[ScaledPool]) -> list[float | None]:
         """What each pool's workers took to start."""

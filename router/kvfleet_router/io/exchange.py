@@ -21,6 +21,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import ssl
 import time
 from typing import TYPE_CHECKING, Final
 
@@ -31,6 +32,7 @@ from kvfleet_router.io.dechunker import Dechunker
 from kvfleet_router.io.disaggregation import MAX_ANSWER_BYTES, decode_body, prefill_body, transfer_params
 from kvfleet_router.io.hedge import Hedge
 from kvfleet_router.io.multipart import form_model
+from kvfleet_router.io.tls import CertificateRejected
 from kvfleet_router.io.usage import NO_USAGE, SEARCHED_BYTES, read_usage
 from kvfleet_router.io.verdict import ABORTED, failure
 
@@ -161,6 +163,8 @@ class Exchange:
                 upstream = await origin.connect()
         except TimeoutError:
             cause = "connect_timeout"
+        except (ssl.SSLError, CertificateRejected) as error:
+            cause = f"connect_failed: {error}"
         except (OSError, ValueError):  # a ValueError: a host name that is none
             cause = "connect_failed"
         else:

@@ -230,7 +230,8 @@ class KubernetesSource(ConfigSource):
             if pool.service is None or pool.endpoints or (services is not None and pool.service not in services):
                 continue
             readiness = self._readiness[pool.name]
-            found = readiness.judge(workers(self._slices.objects.values(), pool.service), time.monotonic())
+            told = workers(self._slices.objects.values(), pool.service, tls=pool.tls is not None)
+            found = readiness.judge(told, time.monotonic())
             if draining := self._drains.of(pool.name, now_s):
                 found = [replace(worker, draining=True) if worker.name in draining else worker for worker in found]
             if found != self._given.get(pool.name):

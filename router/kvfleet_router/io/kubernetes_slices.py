@@ -84,8 +84,8 @@ class EndpointSlice(msgspec.Struct, dict=True):
         return [worker for worker in found if worker is not None]
 
 
-def workers(slices: Iterable[EndpointSlice], service: str) -> list[WorkerEndpoint]:
-    """The workers behind `service`, by name."""
+def workers(slices: Iterable[EndpointSlice], service: str, *, tls: bool = False) -> list[WorkerEndpoint]:
+    """The workers behind `service`, by name. `tls`: they serve HTTPS."""
     found: dict[str, WorkerEndpoint] = {}
     ours = [part for part in slices if part.service == service]
     for family in FAMILIES:
@@ -96,7 +96,8 @@ def workers(slices: Iterable[EndpointSlice], service: str) -> list[WorkerEndpoin
                     other = of_family.get(worker.name)
                     of_family[worker.name] = worker if other is None else _merged(other, worker)
         found = {**of_family, **found}
-    return [found[name] for name in sorted(found)[:MAX_WORKERS]]
+    listed = [found[name] for name in sorted(found)[:MAX_WORKERS]]
+    return [replace(worker, url=f"https{worker.url.removeprefix('http')}") for worker in listed] if tls else listed
 
 
 def _merged(one: WorkerEndpoint, other: WorkerEndpoint) -> WorkerEndpoint:

@@ -19,7 +19,7 @@ import orjson
 from kvfleet_router.core.dispatcher import Dispatcher
 from kvfleet_router.io import wire
 from kvfleet_router.io.connection import ClientConnection, Waiting
-from kvfleet_router.io.tls import WorkerTrust
+from kvfleet_router.io.tls import CertificateRejected, WorkerTrusts
 
 log = logging.getLogger("kvfleet.router")
 
@@ -35,9 +35,9 @@ Entry = dict[str, Any]
 class ModelList:
     """Answers for one router."""
 
-    def __init__(self, dispatcher: Dispatcher, trust: WorkerTrust) -> None:
+    def __init__(self, dispatcher: Dispatcher, trusts: WorkerTrusts) -> None:
         self._dispatcher = dispatcher
-        self._trust = trust
+        self._trusts = trusts
         self._created = int(time.time())
         self._asked: list[Entry] = []
         self._asked_at = float("-inf")
@@ -93,13 +93,22 @@ class ModelList:
         return [pool.name for pool in self._dispatcher.config.pools if pool.model == ANY_MODEL]
 
     async def _ask_and_reply(self, model: str, connection: ClientConnection, waiting: Waiting) -> None:
-        urls = [worker.url for pool in self._any_model_pools() for worker in self._dispatcher.workers(pool)]
-        async with httpx.AsyncClient(timeout=ASK_TIMEOUT_S, verify=self._trust.context) as client:
-            answers = await asyncio.gather(*(_ask(client, url, self._trust.server_name) for url in urls))
-        self._asked = [entry for entries in answers for entry in entries]
+        pools = await asyncio.gather(*map(self._ask_pool, self._any_model_pools()))
+        self._asked = [entry for entries in pools for entry in entries]
         self._asked_at = time.monotonic()
         if not waiting.gone:
             self._reply(model, connection)
+
+    async def _ask_pool(self, pool: str) -> list[Entry]:
+        workers, trust = self._dispatcher.workers(pool), self._trusts.of(pool)
+        try:
+            client = httpx.AsyncClient(timeout=ASK_TIMEOUT_S, verify=trust.context)
+        except CertificateRejected as error:
+            log.info("pool %s was not asked for its models: %s", pool, error)
+            return []
+        async with client:
+            answers = await asyncio.gather(*(_ask(client, worker.url, trust.server_name) for worker in workers))
+        return [entry for entries in answers for entry in entries]
 
 
 async def _ask(client: httpx.AsyncClient, url: str, server_name: str | None) -> list[Entry]:

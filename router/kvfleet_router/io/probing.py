@@ -18,7 +18,7 @@ from prometheus_client.core import CounterMetricFamily, Metric
 if TYPE_CHECKING:
     from kvfleet_router.core.dispatcher import Dispatcher, Worker
     from kvfleet_router.io.models import Spawn
-    from kvfleet_router.io.tls import WorkerTrust
+    from kvfleet_router.io.tls import WorkerTrust, WorkerTrusts
 
 TIMEOUT_S = 2.0
 CONCURRENCY = 16
@@ -28,9 +28,9 @@ NO_SUCH_PATH = (404, 405, 501)
 class Prober:
     """For one router; `sweep` is called a few times a second."""
 
-    def __init__(self, dispatcher: Dispatcher, trust: WorkerTrust, spawn: Spawn) -> None:
+    def __init__(self, dispatcher: Dispatcher, trusts: WorkerTrusts, spawn: Spawn) -> None:
         self._dispatcher = dispatcher
-        self._trust = trust
+        self._trusts = trusts
         self._spawn = spawn
         self._running = 0
         self._results: Counter[tuple[str, str]] = Counter()
@@ -48,7 +48,7 @@ class Prober:
         told = "no answer"
         try:
             async with asyncio.timeout(TIMEOUT_S):
-                status = await self._status(worker.url, path)
+                status = await _status(worker.url, path, self._trusts.of(worker.pool))
             healthy = None if status in NO_SUCH_PATH else status < 400
             told = f"status {status}"
         except TimeoutError:
@@ -61,16 +61,6 @@ class Prober:
             self._results[worker.pool, result] += 1
             self._dispatcher.probed(worker, healthy, told)
 
-    async def _status(self, url: str, path: str) -> int:
-        verify = self._trust.context if url.startswith("https:") else False
-        server_name = self._trust.server_name
-        extensions = {} if server_name is None else {"sni_hostname": server_name}
-        async with (
-            httpx.AsyncClient(timeout=TIMEOUT_S, verify=verify, trust_env=False) as client,
-            client.stream("GET", url + path, extensions=extensions) as answer,
-        ):
-            return answer.status_code  # the body does not matter: a worker could make it as long as it likes
-
     def metrics(self) -> Iterable[Metric]:
         family = CounterMetricFamily(
             "kvfleet_router_probes", "Questions to ejected workers whether they are well.", labels=("pool", "result")
@@ -78,3 +68,13 @@ class Prober:
         for labels, count in self._results.items():
             family.add_metric(labels, count)
         return [family]
+
+
+async def _status(url: str, path: str, trust: WorkerTrust) -> int:
+    verify = trust.context if url.startswith("https:") else False
+    extensions = {} if trust.server_name is None else {"sni_hostname": trust.server_name}
+    async with (
+        httpx.AsyncClient(timeout=TIMEOUT_S, verify=verify, trust_env=False) as client,
+        client.stream("GET", url + path, extensions=extensions) as answer,
+    ):
+        return answer.status_code  # the body does not matter: a worker could make it as long as it likes

@@ -28,7 +28,7 @@ import httptools
 from kvfleet_router.io import wire
 from kvfleet_router.io.sockets import limit_unacknowledged, probe_silent_peer
 from kvfleet_router.io.templates import MAX_ANSWER_MISSES, AnswerTemplate
-from kvfleet_router.io.tls import WorkerTrust
+from kvfleet_router.io.tls import WorkerTrust, WorkerTrusts
 
 if TYPE_CHECKING:
     from kvfleet_router.core.ticket import Ticket
@@ -68,9 +68,9 @@ class Receiver(Protocol):
 class Upstreams:
     """The connections to all workers."""
 
-    def __init__(self, trust: WorkerTrust | None = None) -> None:
+    def __init__(self, trusts: WorkerTrusts | None = None) -> None:
         self.now = time.monotonic()
-        self.trust = trust or WorkerTrust()
+        self.trusts = trusts or WorkerTrusts(WorkerTrust())
         """For workers with https addresses."""
         self._origins: dict[str, Origin] = {}
 
@@ -79,7 +79,7 @@ class Upstreams:
         if origin is None or origin.url != worker.url:
             if origin is not None:
                 origin.close_idle()
-            origin = self._origins[worker.name] = Origin(self, worker.name, worker.url)
+            origin = self._origins[worker.name] = Origin(self, worker)
         return origin
 
     def keep_only(self, names: set[str]) -> None:
@@ -107,6 +107,7 @@ class Origin:
         "host_header",
         "idle",
         "name",
+        "pool",
         "port",
         "template",
         "template_misses",
@@ -115,16 +116,17 @@ class Origin:
         "url",
     )
 
-    def __init__(self, upstreams: Upstreams, name: str, url: str) -> None:
-        parts = urlsplit(url)
+    def __init__(self, upstreams: Upstreams, worker: Worker) -> None:
+        parts = urlsplit(worker.url)
         self.upstreams = upstreams
-        self.name = name
-        self.url = url
+        self.name = worker.name
+        self.pool = worker.pool
+        self.url = worker.url
         self.host = parts.hostname or ""
         self.tls = parts.scheme == "https"
         self.port = parts.port or (443 if self.tls else 80)
         self.host_header = b" HTTP/1.1\r\nhost: %b\r\ncontent-length: " % parts.netloc.encode("latin-1")
-        self.answer_header = b"\r\nx-kvfleet-worker: %b\r\nx-kvfleet-decision: " % wire.printable(name)
+        self.answer_header = b"\r\nx-kvfleet-worker: %b\r\nx-kvfleet-decision: " % wire.printable(worker.name)
         self.idle: list[UpstreamConnection] = []
         self.template: AnswerTemplate | None = None
         self.template_misses = 0
@@ -147,10 +149,10 @@ class Origin:
         return None
 
     async def connect(self) -> UpstreamConnection:
-        """A new connection. Raises OSError."""
+        """A new connection. Raises OSError, and ValueError where the address or the certificates cannot be used."""
         loop = asyncio.get_running_loop()
         connection = UpstreamConnection(self)
-        trust = self.upstreams.trust
+        trust = self.upstreams.trusts.of(self.pool)
         await loop.create_connection(
             lambda: cast(asyncio.Protocol, connection),
             self.host,

@@ -49,6 +49,11 @@ def test_a_worker_has_its_pods_name_and_the_ports_by_their_names() -> None:
     ]
 
 
+def test_workers_of_a_pool_with_tls_have_https_addresses() -> None:
+    (worker,) = workers(parsed(changed(addresses=["fd00::7"])), SERVICE, tls=True)
+    assert (worker.url, worker.kv_events_url) == ("https://[fd00::7]:8000", "tcp://[fd00::7]:5557")
+
+
 def test_ports_that_are_not_there_are_not_invented() -> None:
     (worker,) = of(changed(ports=[{"name": "http", "port": 8000}]))
     assert (worker.kv_events_url, worker.kv_replay_url) == (None, None)

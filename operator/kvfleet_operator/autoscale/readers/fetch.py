@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
 import httpx
 
@@ -33,11 +33,13 @@ async def fetch(
     max_bytes: int,
     headers: Mapping[str, str] | None = None,
     form: Mapping[str, str] | None = None,
+    extensions: Mapping[str, Any] | None = None,
 ) -> bytes:
-    """The body of a 2xx answer. `timeout_s` covers everything from connecting to the last byte."""
+    """The body of a 2xx answer. `timeout_s` covers everything from connecting to the last byte. `extensions`: httpx's."""
     try:
         async with asyncio.timeout(timeout_s):
-            request = client.stream(method, url, headers={**HEADERS, **(headers or {})}, data=form)
+            sent = {**HEADERS, **(headers or {})}
+            request = client.stream(method, url, headers=sent, data=form, extensions=dict(extensions or {}))
             async with request as response:
                 body = await _read(response, max_bytes)
     except TimeoutError as error:

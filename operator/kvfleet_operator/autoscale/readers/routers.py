@@ -19,6 +19,7 @@ from kvfleet_operator.autoscale.readers.fetch import FetchError, fetch
 from kvfleet_operator.autoscale.readers.source import PoolQuestion, to_reading
 from kvfleet_operator.autoscale.readings import Raw, Reading, failed
 from kvfleet_operator.autoscale.signals import Signal, metrics_of
+from kvfleet_operator.workertls import WorkerClient
 
 MAX_PAGE_BYTES: Final = 8 * 2**20
 MAX_SERIES: Final = 20_000
@@ -37,12 +38,15 @@ class RouterReader:
 
     async def read(self, pools: Sequence[PoolQuestion]) -> list[list[Reading]]:
         wanted: dict[str, set[str]] = {}
+        clients: dict[str, WorkerClient] = {}
         for pool in pools:
+            if pool.worker_client is not None:
+                clients |= dict.fromkeys(pool.worker_urls, pool.worker_client)
             for signal in pool.signals:
                 for url in pool.urls_for(signal):
                     wanted.setdefault(url, set()).update(metrics_of([signal]))
         wanted = {url: names for url, names in wanted.items() if names}
-        pages = await asyncio.gather(*(self._scrape(url, names) for url, names in wanted.items()))
+        pages = await asyncio.gather(*(self._scrape(url, names, clients.get(url)) for url, names in wanted.items()))
         found = dict(zip(wanted, pages, strict=True))
         return [[_reading(signal, pool, found) for signal in pool.signals] for pool in pools]
 
@@ -55,11 +59,17 @@ class RouterReader:
     async def aclose(self) -> None:
         await self._client.aclose()
 
-    async def _scrape(self, url: str, names: set[str]) -> Samples | FetchError:
+    async def _scrape(self, url: str, names: set[str], worker: WorkerClient | None = None) -> Samples | FetchError:
+        asking = worker or WorkerClient(self._client, {})
         try:
             async with self._slots:
                 page = await fetch(
-                    self._client, "GET", f"{url}/metrics", timeout_s=self._timeout_s, max_bytes=MAX_PAGE_BYTES
+                    asking.http,
+                    "GET",
+                    f"{url}/metrics",
+                    timeout_s=self._timeout_s,
+                    max_bytes=MAX_PAGE_BYTES,
+                    extensions=asking.extensions,
                 )
             return parse(page, names)
         except FetchError as error:

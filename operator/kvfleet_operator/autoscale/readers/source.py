@@ -8,6 +8,7 @@ from typing import Protocol
 
 from kvfleet_operator.autoscale.readings import DEFAULT_MAX_AGE_S, Raw, Reading, judge
 from kvfleet_operator.autoscale.signals import Signal
+from kvfleet_operator.workertls import WorkerClient
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +19,9 @@ class PoolQuestion:
     router_urls: Sequence[str]
     """`http://host:port` of the admin port of every ready router that serves the pool."""
     worker_urls: Sequence[str] = ()
-    """`http://host:port` of every ready worker."""
+    """`http://host:port` or `https://host:port` of every ready worker."""
+    worker_client: WorkerClient | None = None
+    """Who asks the workers. None: who asks the routers."""
 
     def urls_for(self, signal: Signal) -> Sequence[str]:
         return self.worker_urls if signal.source == "worker" else self.router_urls
