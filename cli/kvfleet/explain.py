@@ -64,6 +64,10 @@ def _headline(decision: Mapping[str, Any]) -> Text:
         text.append(" → ")
         text.append(tries[-1]["worker"], style="bold green")
     text.append(f"  (policy {decision['policy']}, strategy {decision['strategy']})", style="dim")
+    if (decision.get("deferred_s") or 0) > 0.001:
+        text.append(
+            f"  kept {decision['deferred_s']:,.0f} s for a cheaper time ({decision['deferred_until']})", style="yellow"
+        )
     if (decision["held_s"] or 0) > 0.001:
         text.append(f"  held {_ms(decision['held_s'])} at the router", style="yellow")
     return text

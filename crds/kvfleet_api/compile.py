@@ -424,6 +424,7 @@ def _policy_config(policy: RoutingPolicy, models: list[str], usable: set[str]) -
         energy_mode=spec.energy.mode,
         energy_s_per_joule=spec.energy.microseconds_per_joule * 1e-6,
         max_watts=_watts(spec.energy.max_watts),
+        defer=spec.energy.defer,
         prefix=spec.prefix,
         disaggregation=spec.disaggregation,
         admission=spec.admission,

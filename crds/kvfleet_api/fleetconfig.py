@@ -17,6 +17,7 @@ from kvfleet_api.cost import CostModel
 from kvfleet_api.fleetrouter import LimitsSpec, TelemetrySpec
 from kvfleet_api.routingpolicy import (
     AdmissionSpec,
+    DeferSpec,
     DisaggregationSpec,
     HeaderMatch,
     PrefixSpec,
@@ -114,6 +115,7 @@ class PolicyConfig(Schema):
     energy_mode: Literal["Off", "Prefer", "Strict"] = "Off"
     energy_s_per_joule: float = 0.0005
     max_watts: float | None = None
+    defer: DeferSpec | None = None
     prefix: PrefixSpec = Field(default_factory=PrefixSpec)
     disaggregation: DisaggregationSpec = Field(default_factory=DisaggregationSpec)
     admission: AdmissionSpec = Field(default_factory=AdmissionSpec)

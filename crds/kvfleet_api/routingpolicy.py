@@ -68,6 +68,15 @@ class SLOSpec(Schema):
     """Mean time between tokens to be met."""
 
 
+class DeferSpec(Schema):
+    max_seconds: Annotated[int, Field(ge=1, le=86_400, examples=[7200])] = 3600
+    """How long a request may be kept at most. A request asks for it by the header `x-kvfleet-defer-seconds`."""
+    min_priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1, examples=[10])] | None = None
+    """Requests of this `priority` and above (less urgent) may be kept without asking. None: only those that ask."""
+    max_requests: Annotated[int, Field(ge=1, le=100_000)] = 256
+    """Requests that a router process keeps; further ones are not kept."""
+
+
 class EnergySpec(Schema):
     mode: Literal["Off", "Prefer", "Strict"] = "Off"
     """`Off`: latency alone. `Prefer`: fewest joules among the workers that meet the SLO. `Strict`: also refuse what exceeds maxWatts."""
@@ -75,6 +84,8 @@ class EnergySpec(Schema):
     """Price of a joule in microseconds of latency (mode Prefer and Strict)."""
     max_watts: Annotated[int, Field(ge=1, le=100_000_000, examples=[20000])] | None = None
     """Power budget of the policy's pools (mode Strict). ModelPools and the FleetRouter have budgets of their own, for every mode."""
+    defer: DeferSpec | None = None
+    """Requests may be kept for an hour of lower carbon intensity, or for a quiet one. None: all begin as soon as they can."""
 
 
 class PrefixSpec(Schema):

@@ -201,6 +201,7 @@ class RouterApp:
         """Leave: answers under way may end within `drain_s` (default: the configuration's)."""
         self._unready = "draining"
         self.proxy.draining = True
+        self.dispatcher.drain()
         cut = await self.server.drain(self.dispatcher.config.drain_s if drain_s is None else drain_s)
         if cut:
             log.warning("%d answers were cut off at the drain time limit", cut)

@@ -127,7 +127,7 @@ def test_a_policy_in_full() -> None:
             pools=[{"name": "a", "weight": 3, "tier": 1}, {"name": "b", "weight": 0}],
             strategy="lmetric",
             slo={"ttftMilliseconds": 250, "itlMilliseconds": 20},
-            energy={"mode": "Strict", "microsecondsPerJoule": 500, "maxWatts": 900},
+            energy={"mode": "Strict", "microsecondsPerJoule": 500, "maxWatts": 900, "defer": {"minPriority": 10}},
         ),
     )
     assert fleet.problems == []
@@ -135,6 +135,8 @@ def test_a_policy_in_full() -> None:
     assert [(p.name, p.weight, p.tier) for p in config.pools] == [("a", 3, 1)]
     assert (config.ttft_slo_s, config.itl_slo_s) == (0.25, 0.02)
     assert (config.energy_mode, config.energy_s_per_joule, config.max_watts) == ("Strict", 0.0005, 900.0)
+    assert config.defer is not None
+    assert (config.defer.max_seconds, config.defer.min_priority, config.defer.max_requests) == (3600, 10, 256)
     assert (config.strategy, config.headers[0].value) == ("lmetric", "batch")
 
 

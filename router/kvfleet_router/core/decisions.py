@@ -121,6 +121,8 @@ class Decision:
     __slots__ = (
         "at",
         "causes",
+        "deferred_s",
+        "deferred_why",
         "expected_output_tokens",
         "id",
         "joules",
@@ -151,6 +153,9 @@ class Decision:
         self.outcome: Outcome | None = None
         self.why_guessed = ""
         """Why cached tokens are guesses, in CamelCase; empty: only where the worker has told nothing."""
+        self.deferred_s = 0.0
+        """How long it was kept for a cheaper time, and why no longer (deferral.py)."""
+        self.deferred_why = ""
         self.joules = 0.0
         """What it took, all tries together, where books are kept."""
 
@@ -205,7 +210,9 @@ class DecisionLog:
             "tenant": decision.tenant,
             "prompt_tokens": round(decision.prompt_tokens),
             "expected_output_tokens": round(decision.expected_output_tokens),
-            "held_s": None if first is None else first - decision.at,
+            "deferred_s": decision.deferred_s or None,
+            "deferred_until": decision.deferred_why or None,
+            "held_s": None if first is None else first - decision.at - decision.deferred_s,
             "retries": sum(map(bool, decision.causes)),
             "tries": [self._render_try(decision, number) for number in range(len(decision.tries))],
             "outcome": None if decision.outcome is None else self._render_outcome(decision, decision.outcome),
@@ -238,13 +245,14 @@ class DecisionLog:
 
     @staticmethod
     def _render_outcome(decision: Decision, outcome: Outcome) -> dict[str, Any]:
-        sent = decision.tries[-1].at if decision.tries else decision.at
+        began = decision.at + decision.deferred_s
+        sent = decision.tries[-1].at if decision.tries else began
         return {
             "result": outcome.result,
             "detail": outcome.detail,
             "ttft_s": None if outcome.first_token_at is None else outcome.first_token_at - sent,
-            "ttft_with_queue_s": None if outcome.first_token_at is None else outcome.first_token_at - decision.at,
-            "duration_s": outcome.at - decision.at,
+            "ttft_with_queue_s": None if outcome.first_token_at is None else outcome.first_token_at - began,
+            "duration_s": outcome.at - began,
             "prompt_tokens": outcome.prompt_tokens,
             "cached_tokens": outcome.cached_tokens,
             "output_tokens": outcome.output_tokens,

@@ -22,8 +22,10 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from kvfleet_api.fleetconfig import FleetConfig
+from kvfleet_api.routingpolicy import DeferSpec
 from kvfleet_router.core.circuits import Circuits
 from kvfleet_router.core.decisions import Decision, DecisionLog, Outcome
+from kvfleet_router.core.deferral import Deferral
 from kvfleet_router.core.dryrun import DRY_RUN, told, try_dry, unrecorded
 from kvfleet_router.core.energybook import EnergyBook, PoolEnergy
 from kvfleet_router.core.exact import ask, counted_tokens, look_up, reason_to_guess
@@ -84,6 +86,7 @@ class Dispatcher:
         self._placement = Placement(self._fleet, rng)
         self.energy = EnergyBook(self._fleet)
         self._circuits = Circuits(self._fleet, rng)
+        self.deferral = Deferral(epoch_s)
         self._heard_routers = 0
         self.configure(config)
 
@@ -134,11 +137,13 @@ class Dispatcher:
         self._routes = Routes(built, self._fleet)
         self.power_budgets = configure_budgets(config, self._fleet, self._routes.lanes())
         self.energy.configure(config.telemetry)
+        self.deferral.configure(config.telemetry)
         self._placement.savings.keep(self._fleet.pools.values())
         self._circuits.forget_removed()
         self.config = config
         self.heard_routers = self._heard_routers
         self._placement.reroute(self._routes.find, now)
+        self._keep_on(now)
         self._placement.pump(None, now)
 
     def set_endpoints(self, pool: str, endpoints: Sequence[WorkerEndpoint]) -> None:
@@ -315,6 +320,8 @@ class Dispatcher:
         if isinstance(lane, Refusal):
             return lane
         lane.budget.request(now)
+        if lane.config.defer is not None:
+            return self._perhaps_later(parsed, lane.config.defer, request_id, lane, on_assigned, now)
         return self._placement.place(self._arrival(parsed, request_id, lane, now), on_assigned, now)
 
     def dry_run(self, parsed: ParsedRequest) -> dict[str, Any]:
@@ -332,7 +339,11 @@ class Dispatcher:
     def cancel(self, held: Held) -> None:
         """The client went away while queued. `on_assigned` will not be called."""
         if held.waiting:
-            self._placement.queue.remove(held)
+            if held.deferred:
+                self.deferral.remove(held, "cancelled")
+                held.waiting = False
+            else:
+                self._placement.queue.remove(held)
             held.arrival.decision.outcome = Outcome(self._clock(), "abandoned", "while queued")
 
     def first_token(self, ticket: Ticket) -> None:
@@ -486,17 +497,53 @@ class Dispatcher:
         self._catch_up(now)
         placement = self._placement
         placement.expire(now)
+        for held in self.deferral.ready(now, placement.queue):
+            placement.start(held, now)
         placement.pump(None, now)
         wanted = self._circuits.trials()
         wanted += [
             placement.next_presumed(),
             placement.queue.next_expiry(),
+            self.deferral.next_look(now),
             now + HELD_TICK_S if placement.queue else None,
         ]
         times = [time for time in wanted if time is not None]
         return max(min(times) - now, 0.0) if times else None
 
+    def drain(self) -> None:
+        """The router leaves: nobody is kept for a cheaper time any more."""
+        self.deferral.draining = True
+        self.tick()
+
     # -- inside ---------------------------------------------------------------------------------------------------------
+
+    def _perhaps_later(
+        self, parsed: ParsedRequest, spec: DeferSpec, request_id: str, lane: Lane, on_assigned: OnAssigned, now: float
+    ) -> Ticket | Refusal | Held:
+        wish_s = self.deferral.wish_s(spec, parsed)
+        if isinstance(wish_s, Refusal):
+            return wish_s
+        body_bytes = len(parsed.body)
+        arrival = self._arrival(parsed, request_id, lane, now)
+        if wish_s > 0.0:
+            held = Held(arrival, on_assigned, now, now + wish_s, 0.0)
+            if self.deferral.keep(held, spec, body_bytes):
+                return held
+        return self._placement.place(arrival, on_assigned, now)
+
+    def _keep_on(self, now: float) -> None:
+        """Who was kept for a cheaper time is kept on where the policy that takes it now allows it."""
+        for held in self.deferral.reconfigured():
+            lane = self._routes.find(held.arrival.parsed)
+            held.deferred = False
+            if isinstance(lane, Refusal):
+                self._placement.dismiss(held, lane, now)
+                continue
+            held.arrival.lane = lane
+            if lane.config.defer is not None:
+                self.deferral.again(held)
+            else:
+                self._placement.start(held, now)
 
     def _arrival(
         self, parsed: ParsedRequest, request_id: str, lane: Lane, now: float, decision: Decision | None = None

@@ -142,6 +142,25 @@ class Placement:
             if leaver is not None:
                 self.dismiss(leaver, self._overloaded(leaver.arrival), now)
 
+    def start(self, held: Held, now: float) -> None:
+        """A request that was kept for a cheaper time goes as one that comes now; `deliver` calls back."""
+        arrival = held.arrival
+        lane = arrival.lane
+        arrival.deadline += now - arrival.arrived_at
+        arrival.arrived_at = now
+        if not self.queue.waiting(lane):
+            decided = self._decide(arrival, now)
+            if not isinstance(decided, Waits):
+                held.waiting = False
+                self._outbox.append((held, decided))
+                return
+            held.own_s = decided.own_s
+        held.held_since = now
+        held.expires_at = now + lane.config.admission.queue_timeout_seconds
+        leaver = self.queue.add(held)
+        if leaver is not None:
+            self.dismiss(leaver, self._overloaded(leaver.arrival), now)
+
     def dismiss(self, held: Held, refusal: Refusal, now: float) -> None:
         """Refuse a request that waited and is out of the queue."""
         held.waiting = False

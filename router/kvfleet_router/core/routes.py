@@ -105,11 +105,16 @@ class Lane:
         return all(parsed.headers.get(name) == value for name, value in self._headers)
 
     def load(self) -> float:
-        """How busy its pools are, by what they could serve: 0 idle, 1 at the edge of the SLO, and where joules cannot be
-        trusted: at the edge of the SLO joules do not count."""
-        if not all(pool.joules_trusted for pool in self.pools):
-            return 1.0
-        total = sum(pool.capacity_rps for pool in self.pools)
+        """How busy its pools are; 1 where joules cannot be trusted: at the edge of the SLO joules do not count."""
+        return self.busy() if all(pool.joules_trusted for pool in self.pools) else 1.0
+
+    def capacity_rps(self) -> float:
+        """Mean requests per second that its pools could serve."""
+        return sum(pool.capacity_rps for pool in self.pools)
+
+    def busy(self) -> float:
+        """How busy its pools are, by what they could serve: 0 idle, 1 at the edge of the SLO."""
+        total = self.capacity_rps()
         return sum(pool.load * pool.capacity_rps for pool in self.pools) / total if total > 0 else 0.0
 
     def candidates(self, arrival: Arrival, rng: random.Random, *, prefill: bool = False) -> Candidates | None:

@@ -242,7 +242,17 @@ class Refusal:
 class Held:
     """A request waiting in the router's queue. Opaque to callers, but for `Dispatcher.cancel`."""
 
-    __slots__ = ("arrival", "expires_at", "held_since", "on_assigned", "order", "own_s", "waiting")
+    __slots__ = (
+        "arrival",
+        "deferred",
+        "expires_at",
+        "held_since",
+        "kept_bytes",
+        "on_assigned",
+        "order",
+        "own_s",
+        "waiting",
+    )
 
     def __init__(
         self,
@@ -256,7 +266,11 @@ class Held:
         self.on_assigned = on_assigned
         self.held_since = held_since
         self.expires_at = expires_at
-        """When it is refused."""
+        """When it is refused; when it must begin, while it is deferred."""
+        self.deferred = False
+        """It is kept for a cheaper time (deferral.py), not waiting for a worker."""
+        self.kept_bytes = 0
+        """Of its body, while it is deferred."""
         self.order: tuple[int, int, float, int] = (0, 0, 0.0, 0)
         """Its place in the queue: priority, hopeless, deadline or arrival, sequence number."""
         self.own_s = own_s

@@ -7,21 +7,12 @@ from collections.abc import Callable, Iterable
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from kvfleet_api.fleetrouter import TelemetrySpec
+from kvfleet_router.core.carbon import grams_per_kwh
 from kvfleet_router.core.dispatcher import Dispatcher
 
 PREFIX = "kvfleet_"
 JOULES_PER_KWH = 3.6e6
 SOURCES = ("Profile", "Learning", "Measured", "LowConfidence", "Stale", "Frozen", "Absurd")
-
-
-def grams_per_kwh(spec: TelemetrySpec, hour: int) -> float | None:
-    """Carbon intensity at an hour of the day (UTC)."""
-    hours = sorted((entry.hour, entry.grams_per_kilowatt_hour) for entry in spec.carbon_by_hour)
-    if not hours:
-        return spec.carbon_grams_per_kilowatt_hour
-    begun = [grams for from_hour, grams in hours if from_hour <= hour]
-    return begun[-1] if begun else hours[-1][1]  # before the first of the day, yesterday's last holds
 
 
 class EnergyMetrics:

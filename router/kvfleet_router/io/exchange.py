@@ -129,6 +129,8 @@ class Exchange:
 
     def assigned(self, outcome: Ticket | Refusal) -> None:
         """The dispatcher decided on what it had held."""
+        if self.ticket is None and isinstance(outcome, Ticket) and outcome.arrival.decision.deferred_s:
+            self.started_at += outcome.arrival.decision.deferred_s  # latencies are those of a request that came then
         self.held = None
         self.take(outcome)
 

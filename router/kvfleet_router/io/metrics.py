@@ -363,6 +363,16 @@ class RouterMetrics:
         )
         for policy_and_model, depth in dispatcher.queue_depths().items():
             queue.add_metric(policy_and_model, depth)
+        kept = GaugeMetricFamily(PREFIX + "deferred_requests", "Requests kept for a cheaper time.", labels=("policy",))
+        ended = CounterMetricFamily(
+            PREFIX + "deferred_ended",
+            "Requests that may wait and are kept no longer, by why.",
+            labels=("policy", "why"),
+        )
+        for policy, count in dispatcher.deferral.kept.items():
+            kept.add_metric((policy,), count)
+        for policy_and_why, count in dispatcher.deferral.ended.items():
+            ended.add_metric(policy_and_why, count)
         revision = GaugeMetricFamily(PREFIX + "config_info", "The configuration being served.", labels=("revision",))
         revision.add_metric((self._loaded.revision,), 1)
         rejected = CounterMetricFamily(PREFIX + "config_errors", "Configurations that could not be taken.")
@@ -371,7 +381,21 @@ class RouterMetrics:
             PREFIX + "config_refused", "Whether a newer configuration is there that cannot be served."
         )
         refused.add_metric((), bool(self._loaded.refused))
-        yield from (in_flight, workers, at_worker, cached, predicted, pack, packed, queue, revision, rejected, refused)
+        yield from (
+            in_flight,
+            workers,
+            at_worker,
+            cached,
+            predicted,
+            pack,
+            packed,
+            queue,
+            kept,
+            ended,
+            revision,
+            rejected,
+            refused,
+        )
 
     def _cached_shares(self) -> dict[str, float]:
         """Pool → the share of its prompts' tokens that was expected in a cache."""
