@@ -39,6 +39,7 @@ CORE_MODULES = (
     "holdqueue",
     "index",
     "learning",
+    "longstrings",
     "parse",
     "placement",
     "policy",

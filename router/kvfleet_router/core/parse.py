@@ -32,6 +32,7 @@ from kvfleet_router.core.bodies import (
     Chat,
     Scalar,
 )
+from kvfleet_router.core.longstrings import Cut, cut, is_marked
 
 Kind = Literal["chat", "completions", "other"]
 _NO_HEADERS: Mapping[bytes, bytes] = {}
@@ -195,18 +196,24 @@ def read_request(
 
 
 def _read_chat(body: bytes, headers: Mapping[bytes, bytes]) -> ParsedRequest:
-    chat = CHAT.decode(body)
+    short = cut(body)
+    chat = CHAT.decode(body if short is None else short.text)
+    if short is not None and (is_marked(chat.model) or is_marked(chat.cache_salt)):
+        chat, short = CHAT.decode(body), None
     limit = chat.max_tokens if chat.max_completion_tokens is None else chat.max_completion_tokens
-    return _request("chat", chat, _conversation(chat, NO_RAW), limit)
+    return _request("chat", chat, _conversation(chat, NO_RAW, short), limit)
 
 
 def _read_anthropic(body: bytes, headers: Mapping[bytes, bytes]) -> ParsedRequest:
-    chat = ANTHROPIC.decode(body)
-    return _request("other", chat, _conversation(chat, chat.system), chat.max_tokens)
+    short = cut(body)
+    chat = ANTHROPIC.decode(body if short is None else short.text)
+    if short is not None and (is_marked(chat.model) or is_marked(chat.cache_salt)):
+        chat, short = ANTHROPIC.decode(body), None
+    return _request("other", chat, _conversation(chat, chat.system, short), chat.max_tokens)
 
 
-def _conversation(chat: Chat, system: msgspec.Raw) -> bytes:
-    """Tools, system prompt and messages, as most chat templates order them."""
+def _conversation(chat: Chat, system: msgspec.Raw, short: Cut | None) -> bytes:
+    """Tools, system prompt and messages, as most chat templates order them. `short`: what long strings were taken out of."""
     if not chat.messages:
         problem = "`messages` is missing or empty: send at least one message"
         raise RequestError(problem, param="messages", code="missing_required_parameter")
@@ -217,21 +224,23 @@ def _conversation(chat: Chat, system: msgspec.Raw) -> bytes:
         content = message.content
         if content:
             if memoryview(content)[0] == _LIST:
-                _add_parts(content, pieces)
+                _add_parts(content, pieces, short)
             else:
                 pieces.append(content)
         pieces.append(message.tool_calls)
-    return b"".join(pieces)
+    prompt = b"".join(pieces)
+    return prompt if short is None else b"".join(short.whole(prompt))
 
 
-def _add_parts(content: msgspec.Raw, pieces: list[bytes | msgspec.Raw]) -> None:
+def _add_parts(content: msgspec.Raw, pieces: list[bytes | msgspec.Raw], short: Cut | None) -> None:
     """Content parts: texts as they are, everything else by digest."""
     for part in RAW_LIST.decode(content):
         text = PART.decode(part).text if memoryview(part)[0] == _OBJECT else part
         if text:
             pieces.append(text)
         else:  # not `or`: a Raw is bytes to mypy only, and mypyc would insist
-            pieces.append(xxh3_128_digest(part) * (MEDIA_BYTES // 16))
+            whole: bytes | msgspec.Raw = part if short is None else b"".join(short.whole(bytes(part)))
+            pieces.append(xxh3_128_digest(whole) * (MEDIA_BYTES // 16))
 
 
 def _read_completion(body: bytes, headers: Mapping[bytes, bytes]) -> ParsedRequest:
