@@ -551,15 +551,12 @@ class Dispatcher:
         policy, config = lane.policy, lane.config
         tokens = Routes.prompt_tokens(parsed, lane)
         blocks: list[int] = []
-        if policy.uses_prefix and config.prefix.enabled:
+        if lane.uses_prefix:
             if parsed.block_hashes is None:
                 seed = seed_of(parsed.model, parsed.cache_salt, self._block_bytes)
                 parsed.block_hashes = block_hashes(parsed.prompt, seed=seed, block_bytes=self._block_bytes)
             blocks = parsed.block_hashes[:MAX_BLOCKS]
-        told_of = (
-            self._fleet.views and policy.uses_prefix and config.prefix.enabled and config.prefix.source != "Approximate"
-        )
-        asked = ask(lane, parsed) if told_of else ()
+        asked = ask(lane, parsed) if self._fleet.views and lane.asks_views else ()
         why_guessed = "" if asked else reason_to_guess(lane)
         parsed.prompt = parsed.body = b""
         decision = decision or self.decisions.open(request_id, now)
@@ -575,7 +572,7 @@ class Dispatcher:
             request_id,
             lane,
             now,
-            deadline=now + max(config.ttft_slo_s, UNLOADED_FACTOR * lane.pools[0].unloaded_ttft_s(tokens)),
+            deadline=now + max(lane.ttft_slo_s, UNLOADED_FACTOR * lane.pools[0].unloaded_ttft_s(tokens)),
             prompt_tokens=tokens,
             expected_output_tokens=decision.expected_output_tokens,
             block_tokens=self._block_bytes * tokens / parsed.prompt_bytes if parsed.prompt_bytes else 0.0,

@@ -251,7 +251,6 @@ class Placement:
     def pick(self, arrival: Arrival, now: float) -> tuple[Arrival, Choice, bool] | Refusal | Waits:
         """The arrival as scored, the worker chosen, and whether it hands on what it computes. Changes nothing."""
         lane = arrival.lane
-        config = lane.config
         candidates = lane.candidates(arrival, self._rng)
         if candidates is None:
             resort = lane.last_resort(arrival)
@@ -260,7 +259,7 @@ class Placement:
             if isinstance(resort, Refusal):
                 return resort
             candidates = resort
-        if config.energy_mode != "Off":
+        if lane.prices_energy:
             arrival.load = lane.load()
         if lane.power_budgets:
             within = self._affordable(arrival, candidates, now)
@@ -271,7 +270,7 @@ class Placement:
         choice = choose(arrival, candidates, self._fleet.index, self._fleet.table, self._rng, now, near=self.near)
         if arrival.parsed.session_id is not None or lane.adapter:
             choice = self._as_preferred(arrival, candidates, choice, now)
-        if config.energy_mode == "Off" and self.would_hold(arrival, backlog_s(choice.worker, now)):
+        if not lane.prices_energy and self.would_hold(arrival, backlog_s(choice.worker, now)):
             choice = self._rather_free(arrival, candidates, choice, now)
         if lane.prefill_pools and divisible(arrival, choice):
             return self._pick_prefill(arrival, now) or (arrival, choice, False)

@@ -70,6 +70,15 @@ class Lane:
         """What its requests must not exceed."""
         self.budget = RetryBudget(config.resilience.retry_budget_percent / 100)
         self._fleet = fleet
+        # What every request asks for: a field of a configuration's model costs as much as ten of ours.
+        self.prices_energy = config.energy_mode != "Off"
+        self.uses_prefix = policy.uses_prefix and config.prefix.enabled
+        self.asks_views = self.uses_prefix and config.prefix.source != "Approximate"
+        self.ttft_slo_s = config.ttft_slo_s
+        self.resumes = config.resilience.resume
+        self.hedge_after_ms = config.resilience.hedge_after_milliseconds
+        self._in_flight_limit = config.admission.max_in_flight_per_worker
+        self._context_tokens, self._priority = config.context_tokens, config.priority
         self._headers = [(match.name.lower().encode(), match.value.encode()) for match in config.headers]
         self._built: dict[tuple[str, ...], tuple[int, Candidates]] = {}
         tiers: dict[int, Tier] = {}
@@ -94,8 +103,7 @@ class Lane:
 
     def matches(self, parsed: ParsedRequest, prompt_tokens: float) -> bool:
         """Headers, context length and priority; the model is known to match."""
-        config = self.config
-        tokens, priority = config.context_tokens, config.priority
+        tokens, priority = self._context_tokens, self._priority
         if tokens and (prompt_tokens < tokens.min or (tokens.max is not None and prompt_tokens > tokens.max)):
             return False
         if priority and (
@@ -173,7 +181,7 @@ class Lane:
         return built[1]
 
     def _usable(self, closed: Candidates, arrival: Arrival) -> Candidates | None:
-        limit = self.config.admission.max_in_flight_per_worker
+        limit = self._in_flight_limit
         if limit is None and not closed.guarded and not arrival.excluded:
             return closed if closed.workers else None
         workers = [

@@ -277,7 +277,7 @@ class ClientConnection:
             self.working = False
 
     def _read_head(self, data: bytes) -> bytes:
-        limit = self.server.limits.max_header_bytes
+        limit = self.server.max_header_bytes
         known = None if self.template is None else self.template.read(data)
         if known is not None and known[2] <= limit:
             self.template_misses = 0
@@ -323,7 +323,7 @@ class ClientConnection:
         """Before the body is read: whether it may come, and how long it may take."""
         server = self.server
         chunked = request.parser is not None
-        limit = server.limits.max_body_bytes
+        limit = server.max_body_bytes
         if length > limit:
             raise BadRequest(
                 413,
@@ -355,7 +355,7 @@ class ClientConnection:
 
     def _read_chunks(self, request: Request, data: bytes) -> bytes:
         rest = request.feed_chunks(data)
-        size, limit = request.chunk_bytes, self.server.limits.max_body_bytes
+        size, limit = request.chunk_bytes, self.server.max_body_bytes
         if size > limit:
             raise BadRequest(413, f"The body has more than {limit} bytes: send less.", "request_too_large")
         self._reserve(request, size - request.reserved_bytes)

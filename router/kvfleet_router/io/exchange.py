@@ -113,7 +113,7 @@ class Exchange:
                 request.path,
                 request.body,
                 request.headers,
-                max_body_bytes=proxy.dispatcher.config.limits.max_body_bytes,
+                max_body_bytes=self.connection.server.max_body_bytes,
             )
             if not parsed.model:
                 parsed.model = form_model(request.body, request.headers.get(b"content-type", b"")) or ""
@@ -146,10 +146,11 @@ class Exchange:
     # To the worker
 
     def _send(self, ticket: Ticket) -> None:
-        if self.ticket is None and ticket.policy.resilience.resume and self.parsed.stream and not self.request.http10:
+        lane = ticket.arrival.lane
+        if self.ticket is None and lane.resumes and self.parsed.stream and not self.request.http10:
             self.resume = resume.resumable(self.request.path, self.parsed, self.request.body)
-        if self.ticket is None and ticket.policy.resilience.hedge_after_milliseconds is not None:
-            self.hedge = Hedge(self, ticket.policy.resilience.hedge_after_milliseconds / 1000)
+        if self.ticket is None and lane.hedge_after_ms is not None:
+            self.hedge = Hedge(self, lane.hedge_after_ms / 1000)
         self.ticket = ticket
         origin = self.proxy.upstreams.origin(ticket.worker)
         upstream = None if self.replaced else origin.take_idle()

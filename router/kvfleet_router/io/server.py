@@ -120,6 +120,15 @@ class Server:
         for connection in list(self.connections):
             connection.sweep(now)
 
+    @property
+    def limits(self) -> LimitsSpec:
+        return self._limits
+
+    @limits.setter
+    def limits(self, limits: LimitsSpec) -> None:
+        self._limits = limits
+        self.max_header_bytes, self.max_body_bytes = limits.max_header_bytes, limits.max_body_bytes
+
     def refuse(self, cause: str) -> None:
         self.refused[cause] = self.refused.get(cause, 0) + 1
 

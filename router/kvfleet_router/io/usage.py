@@ -12,7 +12,9 @@ SEARCHED_BYTES: Final = 8192
 _LONGEST_USAGE: Final = 1024
 
 _MOST_DIGITS: Final = 9
-_SPACE, _ZERO, _NINE = b" 09"
+_SPACE: Final = 32
+_ZERO: Final = 48
+_NINE: Final = 57
 
 
 class Usage(NamedTuple):
