@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
+from itertools import pairwise
 from typing import Any
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvfleet_router.core.kvevents.blocks import SLOW_WEIGHT, Blocks, EngineCache, Trust
-from kvfleet_router.core.kvevents.view import ModelView
+from kvfleet_router.core.kvevents.blocks import MAX_STRETCHES, STRETCH_BLOCKS, Block, Blocks
+from kvfleet_router.core.kvevents.enginecache import EngineCache
+from kvfleet_router.core.kvevents.view import ModelView, Trust
+from kvfleet_router.core.kvevents.walk import SLOW_WEIGHT, walk
 from kvfleet_router.core.kvevents.wire import Removed, Stored
 
 TABLE = [b"a", b"b", b"ab", b"ba", b"", b"c"]
@@ -23,7 +27,7 @@ def stored(hashes: list[Any], tokens: list[int], parent: Any = None, **fields: A
 
 
 def tokens_of(blocks: Blocks, prompt: bytes, bit: int = 1, **key: Any) -> int:
-    found = blocks.walk(prompt, root(key.get("lora"), key.get("salt"), SIZE), SIZE)
+    found = walk(blocks, prompt, root(key.get("lora"), key.get("salt"), SIZE), SIZE)
     return sum(tokens for mask, tokens in found.tokens if mask & bit)
 
 
@@ -35,7 +39,7 @@ def test_the_longest_chain_of_equal_bytes_is_found(
     chains: list[list[int]], actions: list[tuple[int, int]], text: str
 ) -> None:
     """Two engines store chains and drop blocks, each the last of a chain first, as engines do."""
-    blocks = Blocks()
+    blocks = Blocks(stretch_blocks=2)
     engines = [EngineCache(blocks, 1 << number, 1000) for number in range(2)]
     held: list[dict[tuple[int, ...], int]] = [{}, {}]  # chain of tokens -> copies
     for which, draw in actions:
@@ -68,10 +72,88 @@ def test_the_longest_chain_of_equal_bytes_is_found(
             default=0,
         )
         assert tokens_of(blocks, prompt, 1 << which) == expected
+        assert tokens_of(blocks, prompt, 1 << which) == expected, "the same by the stretches it remembers"
     for engine in engines:
         engine.clear()
     assert len(blocks) == 0
     assert not blocks.roots
+
+
+LETTERS = [b"a", b"b", b"c"]
+ACTIONS = ["store", "store", "store", "decode", "decode", "drop", "drop", "offload", "fetch", "clear", "walk", "walk"]
+
+
+def spelled(text: bytes, rng: random.Random) -> list[int]:
+    """Some tokens of these bytes."""
+    tokens: list[int] = []
+    while text:
+        tokens.append(rng.choice([token for token, data in enumerate(TABLE) if data and text.startswith(data)]))
+        text = text.removeprefix(TABLE[tokens[-1]])
+    return tokens
+
+
+@settings(max_examples=300)
+@given(st.integers(0, 2**32))
+def test_stretches_change_no_answer(seed: int) -> None:
+    """Three engines with prompts that begin alike: walked before or not, the same is found at any time."""
+    rng = random.Random(seed)
+    blocks = Blocks(stretch_blocks=rng.randint(1, 3))
+    engines = [EngineCache(blocks, 1 << number, 1000) for number in range(3)]
+    held: list[Counter[tuple[int, ...]]] = [Counter() for _ in engines]  # chain of tokens -> copies
+    key = root(None, None, SIZE)
+    base = [rng.choice([0, 1, 2, 3, *[5] * 8]) for _ in range(24)]  # `c` can be spelled in one way alone
+    text = b"".join(TABLE[token] for token in base)
+    for _ in range(40):
+        which, tokens = rng.randrange(3), base[: rng.choice([len(base), rng.randrange(len(base))])]
+        if rng.random() < 0.1:
+            at = rng.randrange(len(tokens) + 1)
+            tokens = tokens[:at] + spelled(b"".join(TABLE[token] for token in tokens[at:]), rng)
+        chains = [tuple(tokens[:end]) for end in range(SIZE, len(tokens) + 1, SIZE)]
+        engine, has = engines[which], held[which]
+        kind = rng.choice(ACTIONS)
+        if kind == "store" and chains:
+            engine.stored(stored([hash(chain) for chain in chains], tokens[: len(chains) * SIZE]), root, TABLE)
+            has.update(chains)
+        elif kind == "decode" and len(chains) > 1:
+            parent, chain = rng.choice(list(pairwise(chains)))
+            engine.stored(stored([hash(chain)], list(chain[-SIZE:]), parent=hash(parent)), root, TABLE)
+            if parent in has:
+                has[chain] += 1
+        elif kind == "drop" and has:
+            chain = rng.choice(list(has))
+            gone = [other for other in has if other[: len(chain)] == chain]
+            for other in sorted(gone, key=len, reverse=True):
+                engine.removed(Removed([hash(other)] * has.pop(other)))
+        elif kind == "offload" and chains:
+            engine.stored(stored([hash(chain) for chain in chains], [], medium="CPU"), root, TABLE)
+        elif kind == "fetch":
+            engine.removed(Removed([hash(chain) for chain in chains], medium="CPU"))
+        elif kind == "clear" and rng.random() < 0.2:
+            engine.clear()
+            has.clear()
+        at = rng.choice([len(text), rng.randrange(len(text))])
+        prompt = rng.choice([text, text[:at], text[:at] + b"c" + text[at + 1 :]]) + rng.choice([b"", b"c"])
+        told = walk(blocks, prompt, key, SIZE)
+        known, blocks.stretches = blocks.stretches, {}
+        assert walk(blocks, prompt, key, SIZE) == told
+        blocks.stretches = known
+
+
+def test_a_long_prompt_is_passed_in_stretches_and_a_bounded_number_is_remembered() -> None:
+    blocks = Blocks()
+    engine = EngineCache(blocks, 1, 10**6)
+    length = 8 * STRETCH_BLOCKS * SIZE
+    for number in range(3):
+        tokens = [random.Random(number).randrange(3) for _ in range(length)]
+        names = [number << 32 | place for place in range(length // SIZE)]
+        engine.stored(stored(names, tokens, extra_keys=[[f"salt {number}"]]), root, LETTERS)
+        prompt = b"".join(LETTERS[token] for token in tokens) + b"?"
+        for _ in range(2):
+            assert tokens_of(blocks, prompt, salt=f"salt {number}") == length
+        assert len(blocks.stretches) == 7 * (number + 1), "the first blocks are looked at one by one"
+    for origin in range(MAX_STRETCHES + 10):
+        blocks.remember(origin, 0, 1, [Block(1)])
+    assert len(blocks.stretches) == MAX_STRETCHES
 
 
 def test_a_block_that_ends_the_prompt_is_computed_again() -> None:
@@ -207,10 +289,10 @@ def test_generated_blocks_are_certain_once_they_were_part_of_a_prompt() -> None:
     engine = EngineCache(blocks, 1, 100)
     engine.stored(stored([1], [0, 1]), root, TABLE)
     engine.stored(stored([2], [0, 1], parent=1), root, TABLE)  # one at a time: decoding
-    found = blocks.walk(b"ababc", root(None, None, SIZE), SIZE)
+    found = walk(blocks, b"ababc", root(None, None, SIZE), SIZE)
     assert (found.tokens, found.certain) == ([(1, 4)], [(1, 2)])
     engine.stored(stored([8, 9], [0, 1, 0, 1]), root, TABLE)  # the next turn, computed from its text
-    found = blocks.walk(b"ababc", root(None, None, SIZE), SIZE)
+    found = walk(blocks, b"ababc", root(None, None, SIZE), SIZE)
     assert (found.tokens, found.certain) == ([(1, 4)], [(1, 4)])
 
 
@@ -234,5 +316,5 @@ def test_a_walk_through_endless_ways_ends() -> None:
     for number in range(300):
         tokens = [rng.randrange(59) for _ in range(40)]
         engine.stored(stored([(number * 100 + place) for place in range(20)], tokens), root, table)
-    found = blocks.walk(b" " * 3000, root(None, None, SIZE), SIZE)
+    found = walk(blocks, b" " * 3000, root(None, None, SIZE), SIZE)
     assert found.deepest_tokens >= SIZE

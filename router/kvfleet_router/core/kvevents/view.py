@@ -16,10 +16,12 @@ from typing import NamedTuple
 from xxhash import xxh3_64_intdigest
 
 from kvfleet_router.core.index import Match
-from kvfleet_router.core.kvevents.blocks import Blocks, EngineCache, Found, Trust
+from kvfleet_router.core.kvevents.blocks import Blocks
 from kvfleet_router.core.kvevents.codec import Codec
+from kvfleet_router.core.kvevents.enginecache import EngineCache
 from kvfleet_router.core.kvevents.prompt import NotRendered, Prompts
 from kvfleet_router.core.kvevents.stream import Counts, Stream
+from kvfleet_router.core.kvevents.walk import Found, walk
 from kvfleet_router.core.kvevents.wire import Malformed, Removed, Stored, decode
 
 MAX_RANKS = 64
@@ -27,6 +29,7 @@ ANY = "*"
 """The model of workers given by URL alone: whatever clients ask for is taken to be the model itself."""
 MAX_BLOCK_SIZES = 4
 """Each costs a walk per request; pools of one model have one or two."""
+TRUST_FADE = 0.98
 AGREEMENT_FADE = 0.98
 AGREEMENT_MIN_REPORTS = 32
 AGREEMENT_MIN_TOKENS = 128
@@ -54,6 +57,23 @@ class Expected(NamedTuple):
     """Without generated tokens and all behind them."""
     deepest_tokens: int
     deepest_bytes: int
+
+
+class Trust:
+    """The share of expected generated tokens that engines found again: what a sampled spelling is worth."""
+
+    def __init__(self) -> None:
+        self._expected = self._found = 256.0
+
+    @property
+    def share(self) -> float:
+        return self._found / self._expected
+
+    def observe(self, expected_tokens: float, found_tokens: float) -> None:
+        """Of so many tokens behind a generated block, so many came from the cache."""
+        if expected_tokens > 0:
+            self._expected = TRUST_FADE * self._expected + expected_tokens
+            self._found = TRUST_FADE * self._found + min(max(found_tokens, 0.0), expected_tokens)
 
 
 class Agreement:
@@ -113,7 +133,7 @@ class ModelView:
         found = []
         for size in self.block_sizes:
             root = self.root(prompt.lora, prompt.salt, size)
-            found += [plane.walk(data, root, size) for plane in self.planes[:ranks]]
+            found += [walk(plane, data, root, size) for plane in self.planes[:ranks]]
         if len(found) != 1:
             return _mean(found, ranks, share)
         first = found[0]
