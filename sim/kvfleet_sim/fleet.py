@@ -18,17 +18,19 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from heapq import heapify, heappop, heappush
 from statistics import fmean
+from types import MappingProxyType
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from kvfleet_api.fleetconfig import FleetConfig, PoolConfig
+from kvfleet_router.core.deferral import DEFER_HEADER
 from kvfleet_router.core.dispatcher import HELD_TICK_S, Dispatcher, Held, Refusal, Ticket, WorkerEndpoint
 from kvfleet_router.core.parse import ParsedRequest
 from kvfleet_router.core.sharing import Sharing
@@ -42,13 +44,16 @@ from kvfleet_sim.traces import BYTES_PER_TOKEN
 from kvfleet_sim.variants import as_believed, uses_events
 from kvfleet_sim.workload import LoadRequest
 
-ENGINE, ARRIVAL, TICK, SHARE, TRANSFERRED, BEGAN, SCALE, TOLD = range(8)
+ENGINE, ARRIVAL, TICK, SHARE, TRANSFERRED, BEGAN, SCALE, TOLD, HOUR = range(9)
+HOUR_S: Final = 3600.0
 PROGRESS_EVERY: Final = 64
 """Requests between two reports of progress."""
 TRANSFER_S_PER_TOKEN: Final = 5e-6
 """KV entries from one worker to another: 128 KB a token (8B models) at 25 GB/s."""
 TOO_LONG: Final = "too_long"
 """The engine's answer (400) to a request that its context or KV cache cannot hold."""
+
+NO_HEADERS: Mapping[bytes, bytes] = MappingProxyType({})
 
 Array = npt.NDArray[np.float64]
 
@@ -74,7 +79,9 @@ class Run:
     """What came of every request, by its number in the load. Times in seconds; NaN where it failed."""
 
     sent_s: Array
+    """When it came."""
     ttft_s: Array
+    """From then on; from when it was no longer kept for a cheaper time."""
     itl_s: Array
     """Mean time between its tokens; 0 for a single one."""
     prompt_tokens: Array
@@ -93,6 +100,10 @@ class Run:
     """Workers started while the fleet ran."""
     expected_tokens: Array = field(default_factory=lambda: np.empty(0))
     """Prompt tokens that the router expected to be cached."""
+    deferred_s: Array = field(default_factory=lambda: np.empty(0))
+    """How long it was kept for a cheaper time."""
+    joules_by_hour: Array = field(default_factory=lambda: np.empty(0))
+    """`joules`, by hour from the start."""
 
     @property
     def completed(self) -> npt.NDArray[np.bool_]:
@@ -109,6 +120,8 @@ class _Flight:
     sent_s: float
     ticket: Ticket | None = None
     first_token_s: float | None = None
+    deferred_s: float = 0.0
+    """How long the router kept it for a cheaper time."""
     cached_tokens: int | None = None
     """Prompt tokens that the Prefill worker found cached."""
 
@@ -195,8 +208,10 @@ class _Simulation:
             self._events.append((0.0, SHARE, 0))
         if elastic is not None:
             self._events.append((elastic.controller.period_s, SCALE, 0))
+        self._events.append((HOUR_S, HOUR, 0))
+        self._joules_at_hours = [0.0]
         heapify(self._events)
-        self._results = np.full((7, len(load)), np.nan)
+        self._results = np.full((8, len(load)), np.nan)
         self._failures: Counter[str] = Counter()
         self._served: Counter[str] = Counter()
         self._ended = 0
@@ -231,6 +246,9 @@ class _Simulation:
                 self._now_s = time_s
                 if kind == SHARE:
                     self._share()
+                elif kind == HOUR:
+                    self._joules_at_hours.append(self._joules())
+                    heappush(events, (time_s + HOUR_S, HOUR, 0))
                 elif kind == SCALE:
                     self._scale()
                 else:
@@ -239,23 +257,30 @@ class _Simulation:
                 self._deliver(*self._outgoing.pop())
         if self._ended != len(self._load):
             raise RuntimeError(f"{len(self._load) - self._ended} requests neither completed nor failed")
-        sent_s, ttft_s, itl_s, cached, output, finish_s, expected = self._results
+        sent_s, ttft_s, itl_s, cached, output, finish_s, expected, deferred_s = self._results
+        joules = self._joules()
         return Run(
             sent_s=sent_s,
             ttft_s=ttft_s,
+            deferred_s=deferred_s,
             itl_s=itl_s,
             prompt_tokens=np.array([request.prompt_tokens for request in self._load], dtype=np.float64),
             cached_tokens=cached,
             expected_tokens=expected,
             output_tokens=output,
             finish_s=finish_s,
-            joules=sum(worker.joules_at(self._now_s) for worker in self._workers),
+            joules=joules,
+            joules_by_hour=np.diff([*self._joules_at_hours, joules]),
             worker_seconds=sum(worker.seconds_at(self._now_s) for worker in self._workers),
             worker_share=fmean(worker.seconds_at(self._now_s) for worker in self._workers) / (self._now_s or 1.0),
             starts=sum(worker.starts for worker in self._workers),
             failures=self._failures,
             requests_by_worker=self._served,
         )
+
+    def _joules(self) -> float:
+        """Of all workers until now."""
+        return sum(worker.joules_at(self._now_s) for worker in self._workers)
 
     # -- events ---------------------------------------------------------------------------------------------------------
 
@@ -270,6 +295,7 @@ class _Simulation:
             prompt_bytes=request.prompt_tokens * BYTES_PER_TOKEN,
             prompt_tokens=request.prompt_tokens,
             block_hashes=list(request.block_keys),
+            headers={DEFER_HEADER: b"%d" % request.defer_s} if request.defer_s else NO_HEADERS,
         )
         assigned = partial(self._assigned, flight)
         answer = self._routers[router].submit(parsed, request_id=str(number), on_assigned=assigned)
@@ -284,6 +310,7 @@ class _Simulation:
             return
         worker = self._by_name[answer.worker.name]
         flight.ticket = answer
+        flight.deferred_s = answer.arrival.decision.deferred_s
         self._shifts.sent(answer)
         if flight.load.prompt_tokens + flight.load.output_tokens > worker.longest_tokens:
             self._routers[flight.router].abandon(answer, TOO_LONG)
@@ -382,12 +409,13 @@ class _Simulation:
         )
         gaps = max(request.output_tokens - 1, 1)
         self._results[1:, flight.number] = (
-            flight.first_token_s - flight.sent_s,
+            flight.first_token_s - flight.sent_s - flight.deferred_s,
             (now_s - flight.first_token_s) / gaps,
             request.cached_tokens if flight.cached_tokens is None else flight.cached_tokens,
             request.output_tokens,
             now_s,
             flight.ticket.cached_tokens,
+            flight.deferred_s,
         )
         self._end(flight)
 

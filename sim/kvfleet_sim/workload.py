@@ -51,6 +51,8 @@ class LoadRequest:
     """How long after the answer to the turn before it is sent."""
     next_turn: int | None = None
     """Number of the request that follows this one's answer."""
+    defer_s: float = 0.0
+    """How long it may be kept for a cheaper time."""
 
 
 class Load(Protocol):

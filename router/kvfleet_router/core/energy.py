@@ -1,6 +1,6 @@
 """Joules: what a request adds on a worker, what a pool draws, and how full a worker should be.
 
-ΔE  = ep·u + E·(E1 + Ec·(L + E/2)) + (E0 − P_idle·W)·E/(n + 1)     n: sequences already there
+ΔE  = ep·u + E·(E1 + Ec·(L + E/2)) + (E0 − P_idle·W)·E·(1 + B·n)/(n + 1)     n: sequences already there
 P   = P_idle while idle, else the larger of P_idle and step joules / step time
 b*  = least of 2·E0/E1, (ITL SLO − W)/(H + C·context + prefill/answer), KV tokens / context, max sequences    of means
       J/token is within 1.5 of its floor at 2·E0/E1: fuller workers save little and only add latency
@@ -19,19 +19,23 @@ if TYPE_CHECKING:
     from kvfleet_router.core.worker import Worker
 
 
-def marginal_joules(arrival: Arrival, worker: Worker, uncached_tokens: float) -> float:
-    """[ΔE] Joules the request adds on this worker."""
+def marginal_joules(arrival: Arrival, worker: Worker, uncached_tokens: float, breach: float = 0.0) -> float:
+    """[ΔE] Joules the request adds on this worker. `breach` [B], 0 to 1: so far, sharing steps with others saves nothing."""
     expected = arrival.expected_output_tokens
     token = worker.token_joules + worker.context_token_joules * (arrival.prompt_tokens + expected / 2)
-    fixed = worker.fixed_step_joules * expected / (worker.decoding + worker.pending + 1)
+    others = worker.decoding + worker.pending
+    fixed = worker.fixed_step_joules * expected * (1.0 + breach * others) / (others + 1)
     return worker.prefill_token_joules * uncached_tokens + expected * token + fixed
 
 
-def marginal_joules_many(arrival: Arrival, workers: Columns, uncached_tokens: Array) -> Array:
+def marginal_joules_many(
+    arrival: Arrival, workers: Columns, uncached_tokens: Array, breach: Array | float = 0.0
+) -> Array:
     """`marginal_joules` for every worker of the columns."""
     expected = arrival.expected_output_tokens
     token = workers.token_joules + workers.context_token_joules * (arrival.prompt_tokens + expected / 2)
-    fixed = workers.fixed_step_joules * expected / (workers.decoding + workers.pending + 1.0)
+    others = workers.decoding + workers.pending
+    fixed = workers.fixed_step_joules * expected * (1.0 + breach * others) / (others + 1.0)
     return workers.prefill_token_joules * uncached_tokens + expected * token + fixed
 
 

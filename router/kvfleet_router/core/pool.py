@@ -51,7 +51,7 @@ class Pool:
         """What its workers hold by their own word; none: it is guessed."""
         self._index = index
         self.load = 0.0
-        """Mean of its workers: 0 idle, 1 at the edge of the ITL SLO."""
+        """Mean of the workers that get what comes: 0 idle, 1 at the edge of the ITL SLO."""
         self.capacity_rps = 0.0
         """Mean requests per second its workers could serve there."""
         self.joules_trusted = True
@@ -124,8 +124,13 @@ class Pool:
         """Scaled to zero, and waking up when asked."""
         return self.config.scales_to_zero and not any(worker.assignable for worker in self.workers.values())
 
+    def _taking(self) -> list[Worker]:
+        """The workers that get what comes: not those about to be taken away, while there are others."""
+        ready = [worker for worker in self.workers.values() if worker.assignable]
+        return [worker for worker in ready if not worker.endpoint.draining] or ready
+
     def refresh_load(self) -> None:
-        loads = [_load(worker, self.itl_slo_s) for worker in self.workers.values() if worker.assignable]
+        loads = [_load(worker, self.itl_slo_s) for worker in self._taking()]
         self.load = sum(loads) / len(loads) if loads else 0.0
         self.capacity_rps = len(loads) / self._service_s()
 
@@ -152,9 +157,7 @@ class Pool:
         """TTFT of a mean prompt that came now and found this share of itself cached; without a worker: on an idle one."""
         prompt = self.stats.mean_prompt_tokens
         own = self.prefill_factor * self.cost.prefill_s(prompt * (1.0 - cached_share), prompt)
-        ready = [worker for worker in self.workers.values() if worker.assignable]
-        ready = [worker for worker in ready if not worker.endpoint.draining] or ready  # nothing comes to the others
-        waits = [backlog_s(worker, now) + worker.inflation * own + worker.step_now_s for worker in ready]
+        waits = [backlog_s(worker, now) + worker.inflation * own + worker.step_now_s for worker in self._taking()]
         return min(waits, default=own + self.step_s)
 
     def pack_target(self) -> int:

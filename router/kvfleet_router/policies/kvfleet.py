@@ -12,7 +12,8 @@
              a: tokens it has by now, l = 1 + (prefill it was and will be stalled by)/spare, spare = SLO − step
              itl0 = step/(1 − share), itl1 = (step + H + C·L)/(1 − share − own/20 s), share = time spent in prefill
              v(x) = σ((x − m·SLO)/(.06·SLO)), m = the margin
-    ΔE     = ep·u + E·(E1 + Ec·(L + E/2)) + (E0 − P_idle·W)·E/(n1 + 1)                 joules it adds
+    ΔE     = ep·u + E·(E1 + Ec·(L + E/2)) + (E0 − P_idle·W)·E·(1 + B·n1)/(n1 + 1)      joules it adds
+    B      = max(v(itl1), σ(…TTFT…)), 1 where the deadline is over: that it breaks an objective
 
     L prompt tokens, u uncached, E expected output, n_dec decoding, n1 decoding and pending, slack = deadline − now.
 
@@ -25,7 +26,8 @@ and the prompts pending on a worker are exactly those whose answers begin when t
 stalls cost in spare time is safe, and one that cannot become so is lost already: neither counts. While the winner's backlog exceeds θ the request stays at the router, where it can still go
 elsewhere.
 
-With energy, the SLO weighs more and its margin is earlier (the guard), and joules have a price: load gathers on few
+With energy, an objective comes first: what a worker would save by sharing its steps does not count as far as it would break one (B),
+however much a model's requests take. The SLO weighs more and its margin is earlier (the guard), and joules have a price: load gathers on few
 workers. As load rises first the guard, then the price fades out, until the policy is the latency policy again.
 
 Inputs: the router's own accounting, the prefix index, the cost model with its calibration. No engine metrics.
@@ -164,6 +166,7 @@ class KVFleet(Policy):
             age = max(now - worker.tail_used_at, 0.0)
             evict = weights.eviction * overflow * worker.prefill_s_per_token * exp(-age / EVICTION_AGE_S)
 
+        breach = 0.0
         if weights.itl_slo_s:
             target = self._itl_slo_s
             middle, width = weights.itl_margin * target, ITL_SHARPNESS * target
@@ -171,7 +174,7 @@ class KVFleet(Policy):
             left = free - own / PREFILL_SHARE_WINDOW_S
             step_with = step + per_sequence + per_token * prompt
             itl_with = step_with / (left if left > MIN_DECODE_SHARE else MIN_DECODE_SHARE)
-            after = _sigmoid((itl_with - middle) / width)
+            after = breach = _sigmoid((itl_with - middle) / width)
             slo = weights.itl_slo_s * after
             if sequences:
                 itl = step / (free if free > MIN_DECODE_SHARE else MIN_DECODE_SHARE)
@@ -179,10 +182,15 @@ class KVFleet(Policy):
                 spare, least = target - step, MIN_SPARE_ITL * target
                 slo += weights.stall_s * _stalled(arrival, own, spare if spare > least else least, worker, now)
         slack = arrival.deadline - now
-        if weights.ttft_slo_s and slack > 0.0:
-            slo += weights.ttft_slo_s * _sigmoid((ttft - weights.ttft_margin * slack) / (TTFT_SHARPNESS * slack))
+        if weights.ttft_slo_s:
+            late = 1.0
+            if slack > 0.0:
+                late = _sigmoid((ttft - weights.ttft_margin * slack) / (TTFT_SHARPNESS * slack))
+                slo += weights.ttft_slo_s * late
+            if late > breach:
+                breach = late
 
-        energy = price * marginal_joules(arrival, worker, uncached) if price else 0.0
+        energy = price * marginal_joules(arrival, worker, uncached, breach) if price else 0.0
         busy = LEAST_BUSY + share / BUSY_PREFILL_SHARE
         own_weight = weights.own_prefill * own * (busy if busy < 1.0 and not arrival.blind else 1.0)
         return backlog, own, step, kv_wait, own_weight, harm, evict, slo, energy
@@ -212,22 +220,27 @@ class KVFleet(Policy):
             evict = weights.eviction * tokens * workers.prefill_s_per_token * np.exp(-age / EVICTION_AGE_S)
 
         slo = np.zeros_like(own)
+        breach = np.zeros_like(own)
         if weights.itl_slo_s:
             target = self._itl_slo_s
             middle, width = weights.itl_margin * target, ITL_SHARPNESS * target
             free = 1.0 - share
             step_with = step + per_sequence + per_token * prompt
             itl_with = step_with / np.maximum(free - own / PREFILL_SHARE_WINDOW_S, MIN_DECODE_SHARE)
-            after = _sigmoids((itl_with - middle) / width)
+            after = breach = _sigmoids((itl_with - middle) / width)
             itl = step / np.maximum(free, MIN_DECODE_SHARE)
             slo = weights.itl_slo_s * (after + sequences * (after - _sigmoids((itl - middle) / width)))
             spare = np.maximum(target - step, MIN_SPARE_ITL * target)
             slo += weights.stall_s * _stalled_many(arrival, own, spare, workers, now)
         slack = arrival.deadline - now
-        if weights.ttft_slo_s and slack > 0.0:
-            slo += weights.ttft_slo_s * _sigmoids((ttft - weights.ttft_margin * slack) / (TTFT_SHARPNESS * slack))
+        if weights.ttft_slo_s:
+            late = np.ones_like(own)
+            if slack > 0.0:
+                late = _sigmoids((ttft - weights.ttft_margin * slack) / (TTFT_SHARPNESS * slack))
+                slo = slo + weights.ttft_slo_s * late
+            breach = np.maximum(breach, late)
 
-        energy = price * marginal_joules_many(arrival, workers, uncached) if price else np.zeros_like(own)
+        energy = price * marginal_joules_many(arrival, workers, uncached, breach) if price else np.zeros_like(own)
         busy = 1.0 if arrival.blind else np.minimum(LEAST_BUSY + share / BUSY_PREFILL_SHARE, 1.0)
         own_weight = weights.own_prefill * own * busy
         return backlog, own, step, kv_wait, own_weight, harm, evict, slo, energy

@@ -5,7 +5,7 @@ from heapq import heappop, heappush
 import pytest
 from routing_fleet import COST, Fleet, config, cost, policy, pool, request
 
-from kvfleet_router.core.dispatcher import Load
+from kvfleet_router.core.dispatcher import Load, Ticket
 from kvfleet_router.core.energy import marginal_joules, pack_target, watts
 
 
@@ -140,3 +140,31 @@ def test_preferring_energy_gathers_load_and_steps_back_when_busy():
     assert spread(3.0) == 4
     assert spread(3.0, energy_mode="Prefer") == 1
     assert spread(150.0, energy_mode="Prefer", itl_slo_s=0.009) == 4
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_joules_never_outbid_an_objective_however_many_a_model_takes(scale):
+    """What gathers on one worker is what keeps the ITL objective there; the price of a joule times its joules does not matter."""
+    dear = cost(step_joules=3.2 * scale, token_joules=0.067 * scale, idle_watts=115.0 * scale)
+    fleet = Fleet(config(policy(energy_mode="Prefer", itl_slo_s=0.02), pools=[pool(workers=4, cost=dear)]))
+    for _ in range(200):
+        ticket = fleet.sent(request(100, prefix=fleet.count, max_output_tokens=400))
+        fleet.now += ticket.predicted_ttft_s
+        fleet.dispatcher.first_token(ticket)
+    steps = sorted(worker.step_now_s for worker in fleet.dispatcher.workers())
+    assert steps[-1] < 0.02
+    assert steps[0] < steps[-1]  # they do gather
+
+
+def test_a_request_whose_deadline_is_near_does_not_wait_for_a_cheaper_worker():
+    dear = cost(step_joules=320.0, token_joules=6.7, idle_watts=11500.0)
+    fleet = Fleet(config(policy(energy_mode="Prefer"), pools=[pool(workers=2, cost=dear)]))
+    first = fleet.sent(request(60_000, prefix=1, max_output_tokens=1000))
+    second = fleet.submit(request(60_000, prefix=2, max_output_tokens=1000))
+    for _ in range(200):
+        if not isinstance(second, Ticket):
+            fleet.now += 0.05
+            fleet.dispatcher.tick()
+            second = fleet.called_back[0] if fleet.called_back else second
+    assert isinstance(second, Ticket)
+    assert second.worker != first.worker or fleet.now - 100.0 < 0.5

@@ -156,6 +156,24 @@ def test_neither_a_session_nor_a_cached_prompt_brings_a_request_to_it():
     assert fleet.sent(request(4000, prefix=1, tail=1, session_id="s")).worker.name == other
 
 
+def test_a_pool_is_as_busy_as_those_of_its_workers_that_get_requests():
+    """Else the price of joules would stay while the others are full."""
+    fleet, half = Fleet(workers=1), Fleet(workers=2)
+    drain(half, "pool-0")
+    for each in (fleet, half):
+        for n in range(40):
+            each.dispatcher.first_token(each.sent(tokens=100, prefix=n))
+        each.now += 1.0
+        each.dispatcher.tick()
+    [alone], [spared] = fleet.dispatcher.pools(), half.dispatcher.pools()
+    assert alone.load > 0.1
+    assert (spared.load, spared.capacity_rps) == (alone.load, alone.capacity_rps)
+    drain(half)
+    half.now += 1.0
+    half.dispatcher.tick()
+    assert spared.load == pytest.approx(alone.load / 2, rel=0.1)
+
+
 def test_an_idle_worker_that_gets_nothing_is_no_comfort_to_the_autoscaler():
     """The predicted TTFT is that of the workers that get requests."""
     fleet = Fleet(workers=2)
