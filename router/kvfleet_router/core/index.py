@@ -122,13 +122,12 @@ class Runs:
         return found
 
     def _add_unknown(self, blocks: tuple[int, ...], at: int, found: list[int]) -> int:
-        """Add the blocks from `at` to the next known one (or one that came before) as runs; returns where they end."""
+        """Add the blocks from `at` to the next known one as a run; returns where it ends. (That a prompt's hashes are equal by
+        chance is allowed for where blocks are forgotten.)"""
         rest = blocks[at : at + MAX_RUN_BLOCKS]
-        if not self.of_block.keys().isdisjoint(rest) or len(set(rest)) != len(rest):
+        if not self.of_block.keys().isdisjoint(rest):
             size = 0
-            seen: set[int] = set()
-            while rest[size] not in self.of_block and rest[size] not in seen:
-                seen.add(rest[size])
+            while rest[size] not in self.of_block:
                 size += 1
             rest = rest[:size]
         found.append(self.add(rest, 0))

@@ -179,6 +179,24 @@ def test_a_block_in_the_middle_of_a_run_is_found_once_somebody_asks():
     assert len(index) == 30
 
 
+@pytest.mark.parametrize("all_listed", [False, True])
+def test_a_prompt_whose_hashes_collide_leaves_nothing_behind(all_listed):
+    index = PrefixIndex()
+    cache, other = index.add_worker(MIN_CAPACITY_BLOCKS), index.add_worker(MIN_CAPACITY_BLOCKS)
+    assert not all_listed or 9 not in cache  # who asks gets the table of all blocks
+    prompt = [1, 2, 3, 2, 1, 4]
+    pinned = cache.pin(prompt, 0.0)
+    other.pin([1, 2, 5], 0.0)
+    assert by_slot(index.match(prompt)) == {0: 6, 1: 2}
+    cache.unpin(pinned, cache.epoch, forget_from=3)
+    assert by_slot(index.match(prompt))[1] == 2
+    cache.clear()
+    other.clear()
+    assert index.match(prompt) == []
+    assert len(index) == len(cache) == 0
+    assert not index._runs.of_block
+
+
 def test_prompts_in_flight_pin_their_common_beginning():
     index = PrefixIndex()
     cache = index.add_worker(100)
