@@ -239,8 +239,8 @@ def _add_parts(content: msgspec.Raw, pieces: list[bytes | msgspec.Raw], short: C
         if text:
             pieces.append(text)
         else:  # not `or`: a Raw is bytes to mypy only, and mypyc would insist
-            whole: bytes | msgspec.Raw = part if short is None else b"".join(short.whole(bytes(part)))
-            pieces.append(xxh3_128_digest(whole) * (MEDIA_BYTES // 16))
+            digest = xxh3_128_digest(part) if short is None else xxh3_128_digest(b"".join(short.whole(bytes(part))))
+            pieces.append(digest * (MEDIA_BYTES // 16))
 
 
 def _read_completion(body: bytes, headers: Mapping[bytes, bytes]) -> ParsedRequest:
