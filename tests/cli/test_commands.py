@@ -94,6 +94,7 @@ def test_crds_prints_the_four_kinds() -> None:
         (["demo", "--trace", "/nonexistent"], "cannot be read"),
         (["demo", "--policy", "best"], "use one of"),
         (["demo", "--json", "/nonexistent/out.json"], "is not a directory"),
+        (["router", "--workers", "http://127.0.0.1:1", "--host", "unix:/nowhere/r"], "say with --admin-host"),
         (["explain", "--url", "http://127.0.0.1:1"], "admin address"),
         (["explain", "--body", "/nonexistent"], "--body /nonexistent"),
         (["explain", "--body", "README.md", "--url", "http://127.0.0.1:1"], "admin address"),
