@@ -75,14 +75,14 @@ def choose(
         look_up(arrival, now)
     if policy.columns_from is not None and len(candidates.workers) >= policy.columns_from:
         return _choose_by_columns(arrival, policy, candidates, match, table, rng, now, near)
-    workers = policy.shortlist(candidates.workers, rng)
+    workers = list(policy.shortlist(candidates.workers, rng))  # a list: compiled code walks over it without asking
     return _choose_one_by_one(arrival, policy, workers, match, rng, now, near)
 
 
 def _choose_one_by_one(
     arrival: Arrival,
     policy: Policy,
-    workers: Sequence[Worker],
+    workers: list[Worker],
     match: Match,
     rng: random.Random,
     now: float,
@@ -103,7 +103,7 @@ def _choose_one_by_one(
     elif arrival.asked:
         overlay(arrival, workers, cached)
     scores = policy.score_all(arrival, workers, cached, now)
-    costs = [sum(parts) for parts in scores]
+    costs = [_sum(parts) for parts in scores]
     least = min(costs)
     equals = [place for place, cost in enumerate(costs) if cost <= least + policy.tie]
     winner = equals[0] if len(equals) == 1 else equals[int(rng.random() * len(equals))]
@@ -158,13 +158,21 @@ def _choose_by_columns(
     )
     names = tuple([workers[place].name for place in kept.tolist()])
     scored = Scores(names, np.vstack((cached[kept], parts[:, kept])).T.tobytes())
-    rival = _rival(workers, cached, winner) if arrival.lane.priced else None
+    rival = _rival(list(workers), cached, winner) if arrival.lane.priced else None
     return Choice(
         workers[winner], float(cached[winner]), int(depths[winner]), float(costs[winner]), scored, len(workers), rival
     )
 
 
-def _rival(workers: Sequence[Worker], cached: Sequence[float] | Array, winner: int) -> Rival:
+def _sum(parts: tuple[float, ...]) -> float:
+    """Without an object for each step."""
+    total = 0.0
+    for part in parts:
+        total += part
+    return total
+
+
+def _rival(workers: list[Worker], cached: Sequence[float] | Array, winner: int) -> Rival:
     """The worker with the fewest in flight; of several the next one after the winner, so that it is not always the same."""
     least = workers[0].in_flight
     for worker in workers:
