@@ -276,6 +276,7 @@ class Dispatcher:
         asks takes them out."""
         placed: list[Placed] = []
         self._placement.placed = placed
+        self._fleet.index.list_all_blocks()  # others tell the ends of prompts
         self._fleet.table.untold.clear()
         return placed
 

@@ -377,6 +377,10 @@ class PrefixIndex:
     def __len__(self) -> int:
         return self._runs.count
 
+    def list_all_blocks(self) -> None:
+        """Somebody will ask for blocks out of the middle of prompts: better now than when there are millions to list."""
+        self._runs.find(-1)
+
     def add_worker(self, capacity_blocks: int) -> WorkerCache:
         """A worker with an empty cache, in the lowest slot that is free."""
         self._free_slots.sort(reverse=True)

@@ -77,6 +77,14 @@ def test_one_that_joins_late_is_told_the_prefixes_by_the_oldest():
         assert cached(late, prompt) == cached(one, prompt) != {}
 
 
+def test_a_router_that_hears_others_lists_all_blocks_from_the_beginning():
+    one, other = replicas(2, workers=1)
+    serve(one, request(2000, prefix=1))
+    runs = one.dispatcher._fleet.index._runs
+    assert len(runs.of_block) == len(one.dispatcher._fleet.index) > len(runs.blocks)
+    assert other.dispatcher._fleet.index._runs._table
+
+
 def test_the_order_of_eviction_is_told_too():
     one = Replica(1, workers=1)
     for n in range(5):
