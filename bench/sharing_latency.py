@@ -150,7 +150,7 @@ def run_pod(pod: int, variant: Variant, directory: Path, port: int, admin_port: 
     def run(place: Place | None) -> int:
         number = pod * variant.processes + (place.number if place else 0)
         bus = place.bus() if place else redis.bus() if redis else None
-        listeners, admin_path = (place.listeners, place.admin_path) if place else ((), None)
+        listeners, admin_path = (place.listeners, place.admin_path) if place else (None, None)
         app = RouterApp(
             config, host=HOST, port=port, admin_port=admin_port, bus=bus, listeners=listeners, admin_path=admin_path
         )

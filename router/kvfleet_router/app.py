@@ -82,14 +82,14 @@ class RouterApp:
         api_keys: ApiKeys | None = None,
         rng: random.Random | None = None,
         bus: Bus | None = None,
-        listeners: Sequence[socket.socket] = (),
+        listeners: Callable[[], Sequence[socket.socket]] | None = None,
         admin_path: Path | None = None,
     ) -> None:
         """`speed`: seconds the dispatcher's clock moves in one second, for workers simulated in compressed time.
         `certificate`: serve clients by TLS. `worker_trust`: for workers with https addresses, where their
         pool says nothing of it. `api_keys`: ask clients for a key.
-        `bus`: over it other replicas are told and heard. `listeners`: bound sockets to serve clients on, instead of `host` and
-        `port`; `admin_path`: a Unix socket instead of the admin port.
+        `bus`: over it other replicas are told and heard. `listeners`: gives bound sockets to serve clients on, instead of `host`
+        and `port`; `admin_path`: a Unix socket instead of the admin port.
 
         Raises ConfigError where the configuration cannot be served."""
         self.host, self.port = host, port
@@ -157,8 +157,9 @@ class RouterApp:
         self.server = Server(Gate(handler, lambda: self._source.unready), limits)
         self.admin_server = Server(Admin(self.dispatcher, self.loaded, self._registry(), lambda: self.unready), limits)
         try:
-            await self._listen()
+            await self._listen_for_admin()
             self._run()
+            await self._listen()
         except BaseException:  # what listens or runs by now would keep the process, and its callers, waiting
             await self.stop(0.0)
             raise
@@ -184,15 +185,18 @@ class RouterApp:
             self._follow(self.tracer.run())
         self._follow(self._trusts.follow())
 
-    async def _listen(self) -> None:
+    async def _listen_for_admin(self) -> None:
         if self._admin_path is not None:
             await self.admin_server.listen_at(self._admin_path)
         else:
             self.admin_port = await self.admin_server.listen(self.admin_host, self.admin_port)
+
+    async def _listen(self) -> None:
         tls = None if self._certificate is None else self._certificate.context
-        if self._listeners:
-            await self.server.listen_on(self._listeners, tls=tls)
-            ports = [int(sock.getsockname()[1]) for sock in self._listeners if sock.family != socket.AF_UNIX]
+        if self._listeners is not None:
+            listeners = self._listeners()
+            await self.server.listen_on(listeners, tls=tls)
+            ports = [int(sock.getsockname()[1]) for sock in listeners if sock.family != socket.AF_UNIX]
             self.port = ports[0] if ports else self.port
         else:
             self.port = await self.server.listen(self.host, self.port, tls=tls)
@@ -384,7 +388,7 @@ def run_router(
             worker_trust=WorkerTrust(worker_ca_file, worker_server_name),
             api_keys=ApiKeys(api_keys_file) if api_keys_file is not None else None,
             bus=bus if place is None else place.bus(),
-            listeners=() if place is None else place.listeners,
+            listeners=None if place is None else place.listeners,
             admin_path=None if place is None else place.admin_path,
         )
 

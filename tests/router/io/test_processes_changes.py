@@ -126,8 +126,9 @@ async def test_one_that_keeps_dying_is_tried_with_pauses_and_the_others_serve(
         in_its_way.mkdir()  # what comes after the one that dies now cannot have its socket
         victim = router.children()[1]
         os.kill(victim, signal.SIGKILL)
-        load = Load(router, 4)
-        await until(lambda: "router process 1 ended (exit code 1): it is started again in 0.4 s" in router.log)
+        await until(lambda: "router process 1 ended (exit code 1): it is started again in 0.1 s" in router.log)
+        load = Load(router, 4)  # its socket is closed, and not opened by those that cannot be started
+        await until(lambda: "router process 1 ended (exit code 1): it is started again in 0.8 s" in router.log)
         await load.answers(20)
         assert set(await load.end()) == {200}, "its share of connections went to the others"
         log = router.log

@@ -55,10 +55,6 @@ class Place:
     own: list[socket.socket] = field(default_factory=list)
 
     @property
-    def listeners(self) -> list[socket.socket]:
-        return [*self.own, *self.shared]
-
-    @property
     def admin_path(self) -> Path:
         return admin_path(self.directory, self.number)
 
@@ -71,6 +67,13 @@ class Place:
         for host in self.hosts:
             self.own += bind(host, self.port, shared=True)
             self.port = int(self.own[-1].getsockname()[1])
+
+    def listeners(self) -> list[socket.socket]:
+        """For clients, its own bound again where they were closed. To be asked for last: who connects shall not find a process
+        that cannot be started after all. Raises OSError."""
+        if not self.own:
+            self.bind()
+        return [*self.own, *self.shared]
 
     def close(self) -> None:
         """Its own sockets; those shared are others', too."""
@@ -136,8 +139,6 @@ def _serve(run: Callable[[Place], int], place: Place, places: Sequence[Place], a
         if other is not place:
             other.close()
     _close(admin)
-    if not place.own:
-        place.bind()
     sys.exit(run(place))
 
 
