@@ -13,6 +13,7 @@ import signal
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,6 @@ from kvfleet_api.acceleratorprofile import AcceleratorProfile
 from kvfleet_sim.traces import TraceRow
 
 ENERGY_COUNTER = "DCGM_FI_DEV_TOTAL_ENERGY_CONSUMPTION"
-SAMPLE_DECISIONS = 3
 
 
 @dataclass(frozen=True)
@@ -132,21 +132,19 @@ async def _joules(client: httpx.AsyncClient, fleet: LocalFleet) -> float:
 async def _sample_decisions(
     client: httpx.AsyncClient, admin_port: int, outcomes: list[Outcome]
 ) -> list[dict[str, Any]]:
-    """Three decisions worth reading: the largest cache hit, the slowest answer and the last."""
-    good = [outcome for outcome in outcomes if outcome.ok and outcome.decision]
-    if not good:
-        return []
-    picks = [
-        max(good, key=lambda outcome: outcome.cached_tokens),
-        max(good, key=lambda outcome: outcome.ttft_s),
-        good[-1],
-    ]
+    """Three decisions worth reading: the largest cache hit, the slowest of the other answers and the last of the rest."""
+    left = {outcome.decision: outcome for outcome in outcomes if outcome.ok and outcome.decision}
+    picks = []
+    for worth in (attrgetter("cached_tokens"), attrgetter("ttft_s"), lambda _: 0):  # the last of equals
+        if left:
+            picks.append(max(reversed(left.values()), key=worth).decision)
+            del left[picks[-1]]
     decisions = []
-    for decision in dict.fromkeys(outcome.decision for outcome in picks):
+    for decision in picks:
         answer = await client.get(f"http://{HOST}:{admin_port}/decisions/{decision}")
         if answer.status_code == 200:
             decisions.append(answer.json())
-    return decisions[:SAMPLE_DECISIONS]
+    return decisions
 
 
 def _progress(console: Console) -> Progress:

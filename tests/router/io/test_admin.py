@@ -133,6 +133,8 @@ async def test_the_exposition_is_valid_and_names_are_the_documented_ones(bench: 
         "requests": "counter",
         "in_flight": "gauge",
         "queue_depth": "gauge",
+        "deferred_requests": "gauge",
+        "deferred_ended": "counter",
         "ttft_seconds": "histogram",
         "itl_seconds": "histogram",
         "e2e_seconds": "histogram",
