@@ -8,8 +8,9 @@ How long a request may be kept is its own word (`x-kvfleet-defer-seconds`) or it
     drain   when the router leaves: then all go, as fast as the queue takes them
 
 There is room while its pools are below the load at which joules lose their price, and nobody waits in the lane's queue. Then
-requests go one after another, by when they must begin, no faster than a fifth of what the pools can serve: a cheap hour does not begin with a
-herd, and requests that may not wait hardly notice. Bounded in number (`maxRequests`) and bytes: whoever finds no place is not kept.
+requests go one after another, by when they must begin, no faster than a fifth of what the pools can serve, all routers together:
+a cheap hour does not begin with a herd, and requests that may not wait hardly notice. Bounded in number (`maxRequests`) and bytes:
+whoever finds no place is not kept.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class Deferral:
         """(policy, why) → requests no longer kept. `full`: not kept for want of a place."""
         self._epoch_s = epoch_s
         self._hours: tuple[float, ...] = ()
+        self._pace_share = PACE_SHARE
         self._kept: dict[Lane, list[Entry]] = {}
         self._next: dict[Lane, float] = {}
         self._counts: Counter[str] = Counter()
@@ -63,8 +65,10 @@ class Deferral:
         """Requests kept, by policy."""
         return {policy: count for policy, count in self._counts.items() if count}
 
-    def configure(self, telemetry: TelemetrySpec | None) -> None:
+    def configure(self, telemetry: TelemetrySpec | None, routers: int) -> None:
+        """`routers`: how many let requests go onto the same workers."""
         self._hours = grams_by_hour(telemetry)
+        self._pace_share = PACE_SHARE / max(routers, 1)
 
     # In
 
@@ -117,7 +121,7 @@ class Deferral:
         """Those that go now, first to go first; they are kept no longer."""
         for lane in list(self._kept):
             entries = self._kept[lane]
-            pace_rps = max(PACE_SHARE * lane.capacity_rps(), LEAST_PACE_RPS)
+            pace_rps = max(self._pace_share * lane.capacity_rps(), LEAST_PACE_RPS)
             while entries:
                 held = entries[0][2]
                 why = self._why(lane, held, len(entries), pace_rps, now, queue) if held.deferred else "gone"
@@ -181,6 +185,6 @@ class Deferral:
             must_begin = entries[0][0]
             if self.draining or self._cheap(now, must_begin):
                 return now + LOOK_AGAIN_S
-            pace_rps = max(PACE_SHARE * lane.capacity_rps(), LEAST_PACE_RPS)
+            pace_rps = max(self._pace_share * lane.capacity_rps(), LEAST_PACE_RPS)
             soonest = min(soonest, max(must_begin - len(entries) / pace_rps, now + LOOK_AGAIN_S))
         return soonest

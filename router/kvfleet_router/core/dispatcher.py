@@ -137,7 +137,7 @@ class Dispatcher:
         self._routes = Routes(built, self._fleet)
         self.power_budgets = configure_budgets(config, self._fleet, self._routes.lanes())
         self.energy.configure(config.telemetry)
-        self.deferral.configure(config.telemetry)
+        self.deferral.configure(config.telemetry, config.routers)
         self._placement.savings.keep(self._fleet.pools.values())
         self._circuits.forget_removed()
         self.config = config

@@ -88,15 +88,17 @@ def test_it_begins_when_it_must_though_the_fleet_is_busy():
     assert fleet.dispatcher.deferral.ended["policy", "due"] == 1
 
 
-def test_a_cheap_hour_does_not_begin_with_a_herd():
+@pytest.mark.parametrize("routers", [1, 4])
+def test_a_cheap_hour_does_not_begin_with_a_herd(routers):
     fleet = deferring(maxSeconds=86400, maxRequests=1000)
+    fleet.dispatcher.configure(fleet.dispatcher.config.model_copy(update={"routers": routers}))
     for _ in range(400):
         fleet.held(patient(prefix=fleet.count))
     sent = run_until(fleet, 3.5, step_s=0.25)
     assert len(sent) == 400
     capacity = sum(pool.capacity_rps for pool in fleet.dispatcher.pools())
     span = sent[-1] - sent[0]
-    assert span > 0.5 * 400 / (PACE_SHARE * capacity)
+    assert span > 0.5 * 400 * routers / (PACE_SHARE * capacity)
 
 
 def test_without_a_schedule_it_fills_quiet_times():
