@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,6 +50,31 @@ class Adapter:
 
 
 @dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """PEM files, as vLLM takes them."""
+
+    certificate: Path
+    key: Path | None = None
+    """None: in the same file."""
+    client_authorities: Path | None = None
+    client_certificates: int = 0
+    """0: not asked for, 1: looked at, 2: demanded."""
+
+    def context(self) -> ssl.SSLContext:
+        """Raises OSError where a file cannot be used."""
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        try:
+            context.load_cert_chain(self.certificate, self.key)
+            if self.client_authorities is not None:
+                context.load_verify_locations(self.client_authorities)
+        except OSError as error:  # ssl.SSLError is one
+            files = ", ".join(str(file) for file in (self.certificate, self.key, self.client_authorities) if file)
+            raise OSError(f"--ssl-certfile and its like: {files}: {error}: give readable PEM files") from error
+        context.verify_mode = ssl.VerifyMode(self.client_certificates)
+        return context
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerConfig:
     model: str
     served_names: tuple[str, ...]
@@ -75,6 +101,8 @@ class WorkerConfig:
     shutdown_timeout_s: float = 0.0
     stream_interval: int = 1
     api_keys: tuple[str, ...] = ()
+    tls: TlsFiles | None = None
+    """Serve HTTPS."""
     tokenizer: Path | None = None
     speed: float = 1.0
     seed: int = 0
@@ -132,6 +160,11 @@ def build_parser() -> argparse.ArgumentParser:
     vllm.add_argument("--shutdown-timeout", type=float, default=0.0, metavar="SECONDS", help="0: abort on SIGTERM")
     vllm.add_argument("--stream-interval", type=int, default=1, metavar="TOKENS")
     vllm.add_argument("--api-key", nargs="+", metavar="KEY", help="default: VLLM_API_KEY")
+    vllm.add_argument("--ssl-certfile", type=Path, metavar="FILE", help="serve HTTPS with this certificate")
+    vllm.add_argument("--ssl-keyfile", type=Path, metavar="FILE", help="its key; default: in the same file")
+    vllm.add_argument("--ssl-ca-certs", type=Path, metavar="FILE", help="authorities of clients' certificates")
+    vllm.add_argument("--ssl-cert-reqs", type=int, choices=(0, 1, 2), default=0, help="2: clients must show one")
+    vllm.add_argument("--enable-ssl-refresh", action="store_true", help="accepted: files are read at the start alone")
     vllm.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json; default: four bytes are a token")
     own = parser.add_argument_group("arguments of the simulator")
     own.add_argument("--profile", metavar="NAME|FILE", help=f"AcceleratorProfile; default: {DEFAULT_PROFILE}")
@@ -178,6 +211,7 @@ def parse(argv: Sequence[str]) -> WorkerConfig:
         kv_transfer_s_per_token=args.kv_transfer_microseconds * 1e-6,
         shutdown_timeout_s=args.shutdown_timeout,
         stream_interval=args.stream_interval,
+        tls=_tls(args),
         api_keys=tuple(args.api_key or filter(None, [os.environ.get("VLLM_API_KEY")])),
         tokenizer=Path(args.tokenizer) if args.tokenizer else None,
         speed=args.speed,
@@ -191,6 +225,14 @@ def parse(argv: Sequence[str]) -> WorkerConfig:
     )
     _check_ranges(config, args)
     return replace(config, max_model_len=_max_model_len(config, args.max_model_len))
+
+
+def _tls(args: argparse.Namespace) -> TlsFiles | None:
+    if args.ssl_certfile is None:
+        if args.ssl_keyfile is not None or args.ssl_ca_certs is not None:
+            raise ConfigError("--ssl-keyfile and --ssl-ca-certs need --ssl-certfile: add it, or leave them out")
+        return None
+    return TlsFiles(args.ssl_certfile, args.ssl_keyfile, args.ssl_ca_certs, args.ssl_cert_reqs)
 
 
 def _dashed(arg: str) -> str:

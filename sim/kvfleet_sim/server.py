@@ -17,6 +17,7 @@ import hashlib
 import logging
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import Sequence
 from typing import Final
@@ -68,6 +69,7 @@ class Server:
     async def _serve(self, tokenizer: Tokenizer) -> None:
         config = self.config
         models = Models(config)
+        tls = config.tls.context() if config.tls is not None else None
         if config.kv_events is not None:  # before HTTP, as in vLLM
             self.publisher = KvPublisher(config.kv_events, config.block_tokens, models.lora_ids)
         listening = socket.create_server((config.host, config.port), backlog=BACKLOG)
@@ -91,12 +93,14 @@ class Server:
             dcgm = socket.create_server((config.host, config.dcgm_port), backlog=BACKLOG)
             self.dcgm_port = dcgm.getsockname()[1]
             await self._listen(dcgm, self.app.dcgm_exporter)
-        await self._listen(listening, self.app)
+        await self._listen(listening, self.app, tls)
 
-    async def _listen(self, listening: socket.socket, application: Application) -> None:
+    async def _listen(
+        self, listening: socket.socket, application: Application, tls: ssl.SSLContext | None = None
+    ) -> None:
         loop = asyncio.get_running_loop()
         factory = functools.partial(HttpConnection, application, self._connections)
-        self._listeners.append(await loop.create_server(factory, sock=listening))
+        self._listeners.append(await loop.create_server(factory, sock=listening, ssl=tls))
 
     async def shut_down(self) -> None:
         """What vLLM does on SIGTERM; returns when the process may end."""
