@@ -46,9 +46,9 @@ class Pool:
         self.name = config.name
         self.workers: dict[str, Worker] = {}
         self.view: ModelView | None = None
+        """What its workers hold by their own word; none: it is guessed."""
         self.why_guessed = "NoTokenizer"
         """While `view` is none."""
-        """What its workers hold by their own word; none: it is guessed."""
         self._index = index
         self.load = 0.0
         """Mean of the workers that get what comes: 0 idle, 1 at the edge of the ITL SLO."""
