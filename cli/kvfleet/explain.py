@@ -106,7 +106,7 @@ def _outcome(decision: Mapping[str, Any]) -> Text:
     if tries := decision["tries"]:
         text.append(f"predicted: TTFT {_ms(tries[-1]['predicted_ttft_s'])}, {tries[-1]['predicted_joules']:.0f} J")
     if decision.get("dry_run"):
-        words = {"send": "would be sent", "hold": "would wait", "refuse": "would be refused"}[decision["would"]]
+        words = WOULD[decision["would"]]
         return text.append(
             f"{'; ' if decision['tries'] else ''}{words}" + (f": {decision['why']}" if decision["why"] else "")
         )
@@ -125,6 +125,12 @@ def _outcome(decision: Mapping[str, Any]) -> Text:
     return text
 
 
+WOULD = {
+    "send": "would be sent",
+    "hold": "would wait",
+    "keep": "would be kept for later",
+    "refuse": "would be refused",
+}
 WHY_GUESSED = {
     "NoTokenizer": "no tokenizer is named",
     "PrefixesNotUsed": "the strategy does not look at prefixes, or the policy switched them off",

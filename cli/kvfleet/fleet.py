@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from kvfleet_api.compile import CompiledFleet, Problem, compile_fleet, static_fleet
+from kvfleet_api.compile import CompiledFleet, compile_fleet, static_fleet
 from kvfleet_api.fleetconfig import Endpoint, FleetConfig
 from kvfleet_api.manifests import Manifests, with_bundled
-from kvfleet_api.problems import did_you_mean
+from kvfleet_api.problems import Problem, did_you_mean
 
 
 class FleetError(ValueError):

@@ -21,6 +21,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +193,7 @@ class LocalFleet:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+                preexec_fn=partial(die_with_parent, os.getpid()) if sys.platform == "linux" else None,
                 env={**os.environ, "PYTHONUNBUFFERED": "1"},
             )
 
@@ -273,8 +274,11 @@ def tail(log: Path) -> str:
 _PR_SET_PDEATHSIG = 1
 
 
-def _die_with_parent() -> None:
+def die_with_parent(parent: int) -> None:
+    """Let this process, a child of `parent`, have SIGTERM when that ends; at once if it has ended already, before it was asked."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _reap(processes: list[subprocess.Popen[bytes]], timeout_s: float) -> None:

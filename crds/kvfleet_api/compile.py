@@ -15,7 +15,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Final, Literal
+from typing import Final
 from urllib.parse import urlsplit
 
 from kvfleet_api.acceleratorprofile import AcceleratorProfile
@@ -24,8 +24,8 @@ from kvfleet_api.cost import CostModel
 from kvfleet_api.fleetconfig import Endpoint, FleetConfig, PolicyConfig, PoolConfig, WeightedPool, WorkerTLS
 from kvfleet_api.fleetrouter import FleetRouter
 from kvfleet_api.modelpool import ModelPool
-from kvfleet_api.power import least_watts
-from kvfleet_api.problems import did_you_mean
+from kvfleet_api.power import report_small_budgets, watts
+from kvfleet_api.problems import Problem, did_you_mean, problem_of
 from kvfleet_api.resolve import GENERIC_COST, CostError, integer_argument, resolve_cost
 from kvfleet_api.routingpolicy import RoutingPolicy, RoutingPolicySpec, TokenRange
 
@@ -36,26 +36,6 @@ WORKER_CA_PATH: Final = "/etc/kvfleet-worker-ca"
 WORKER_CLIENT_PATH: Final = "/etc/kvfleet-worker-client"
 ANY_MODEL: Final = "*"
 """As a pool's or a policy's model: whatever name the client sends."""
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One thing wrong with one object, in the words of a condition."""
-
-    kind: str
-    namespace: str | None
-    name: str
-    condition: Literal["Accepted", "ResolvedRefs", "Conflicted"]
-    """The condition it belongs to; an error makes it False (`Conflicted`: True), a warning goes into its message."""
-    reason: str
-    field: str
-    message: str
-    severity: Literal["Error", "Warning"] = "Error"
-    """Error: part of what was asked for is not served. Warning: it is, but perhaps not as meant."""
-
-    def __str__(self) -> str:
-        key = f"{self.namespace}/{self.name}" if self.namespace else self.name
-        return ": ".join(part for part in (f"{self.kind} {key}", self.field, self.message) if part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +83,7 @@ def compile_fleet(
     compiled_policies = _policies(own_policies, compiled_pools, problems)
     _report_conflicts(own_policies, compiled_policies, problems)
     spec = router.spec if router else FleetRouter.model_validate({"metadata": {"name": "local"}}).spec
-    _report_small_budgets(router, own_pools, own_policies, compiled_pools, problems)
+    report_small_budgets(router, own_pools, own_policies, compiled_pools, problems)
     config = FleetConfig(
         name=router.metadata.name if router else "local",
         namespace=namespace,
@@ -111,7 +91,7 @@ def compile_fleet(
         policies=compiled_policies,
         limits=spec.limits,
         routers=max(spec.replicas * spec.processes, 1) if router else 1,
-        max_watts=_watts(spec.max_watts),
+        max_watts=watts(spec.max_watts),
         telemetry=spec.telemetry,
         drain_s=float(spec.drain_seconds),
     )
@@ -185,54 +165,6 @@ def _age(resource: Resource) -> tuple[bool, str, str]:
     return (created is None, created or "", resource.metadata.name)
 
 
-def _problem(resource: Resource, field: str, condition: Literal["Accepted", "ResolvedRefs", "Conflicted"], reason: str,
-             message: str, severity: Literal["Error", "Warning"] = "Error") -> Problem:  # fmt: skip
-    metadata = resource.metadata
-    return Problem(resource.kind, metadata.namespace, metadata.name, condition, reason, field, message, severity)
-
-
-# Power
-
-
-def _watts(budget: int | None) -> float | None:
-    return None if budget is None else float(budget)
-
-
-def _report_small_budgets(
-    router: FleetRouter | None,
-    pools: Sequence[ModelPool],
-    policies: Sequence[RoutingPolicy],
-    compiled: Sequence[PoolConfig],
-    problems: list[Problem],
-) -> None:
-    """Budgets under which not even one request could run."""
-    least = {
-        config.name: least_watts(config.cost, pool.spec.least_workers)
-        for config, pool in zip(compiled, pools, strict=True)
-    }
-
-    def check(resource: Resource, field: str, budget: int | None, whose: Iterable[str]) -> None:
-        needs = [least[name] for name in whose if name in least]
-        if budget is None or not needs:
-            return
-        watts = sum(idle for idle, _ in needs) + min(added for _, added in needs)
-        if budget < watts:
-            message = (
-                f"{budget} W are less than the {watts:.0f} W of its idle workers and one request: no request can run; "
-                "raise it, or have fewer workers"
-            )
-            problems.append(_problem(resource, field, "Accepted", "BudgetTooSmall", message, "Warning"))
-
-    for pool in pools:
-        check(pool, "spec.maxWatts", pool.spec.max_watts, [pool.metadata.name])
-    for policy in policies:
-        energy = policy.spec.energy
-        if energy.mode == "Strict":
-            check(policy, "spec.energy.maxWatts", energy.max_watts, [ref.name for ref in policy.spec.pools])
-    if router is not None:
-        check(router, "spec.maxWatts", router.spec.max_watts, least)
-
-
 # Pools
 
 
@@ -256,7 +188,7 @@ def _usable_adapters(pools: Sequence[ModelPool], problems: list[Problem]) -> dic
                 f"{adapter.name!r} is already {meaning} (ModelPool {owners[adapter.name]}); this adapter gets no requests: "
                 "rename one of the two"
             )
-            problems.append(_problem(pool, f"spec.adapters[{index}].name", "Accepted", "NameTaken", message))
+            problems.append(problem_of(pool, f"spec.adapters[{index}].name", "Accepted", "NameTaken", message))
         usable[pool.metadata.name] = kept
     return usable
 
@@ -277,7 +209,7 @@ def _pool(
         accelerator=spec.accelerator.profile_ref,
         gpus_per_worker=spec.devices_per_pod * spec.parallelism.nodes,
         cost=_cost(pool, profiles, problems),
-        max_watts=_watts(spec.max_watts),
+        max_watts=watts(spec.max_watts),
         block_tokens=integer_argument(engine.args, "block-size") or engine.block_tokens,
         max_context_tokens=integer_argument(engine.args, "max-model-len") or spec.model.max_context_tokens,
         service=workers_service_name(pool.metadata.name),
@@ -342,14 +274,14 @@ def _cost(pool: ModelPool, profiles: dict[str, AcceleratorProfile], problems: li
             f"no AcceleratorProfile {reference!r}{did_you_mean(reference, profiles)}; a generic cost is used: "
             f"create it or name one that exists ({known})"
         )
-        problems.append(_problem(pool, "spec.accelerator.profileRef", "ResolvedRefs", "ProfileNotFound", message))
+        problems.append(problem_of(pool, "spec.accelerator.profileRef", "ResolvedRefs", "ProfileNotFound", message))
         return GENERIC_COST
     try:
         parallelism = spec.parallelism
         return resolve_cost(profile.spec, spec.model, parallelism.tensor, parallelism.pipeline, spec.engine.args)
     except CostError as error:
         message = f"{error} (until then a generic cost is used)"
-        problems.append(_problem(pool, f"spec.{error.field}", "Accepted", "CostUnknown", message, "Warning"))
+        problems.append(problem_of(pool, f"spec.{error.field}", "Accepted", "CostUnknown", message, "Warning"))
         return GENERIC_COST
 
 
@@ -387,19 +319,19 @@ def _policy(policy: RoutingPolicy, pools: dict[str, PoolConfig], problems: list[
                 f"no ModelPool {reference.name!r} in namespace {_namespace(policy)}{did_you_mean(reference.name, pools)}: "
                 f"create it or name one that exists ({known})"
             )
-            problems.append(_problem(policy, f"spec.pools[{index}].name", "ResolvedRefs", "PoolNotFound", message))
+            problems.append(problem_of(policy, f"spec.pools[{index}].name", "ResolvedRefs", "PoolNotFound", message))
         elif reference.weight > 0:
             usable.append(pool)
     if not usable:
         message = (
             "none of the pools can be used; the policy takes no requests: name an existing pool with a weight above 0"
         )
-        problems.append(_problem(policy, "spec.pools", "Accepted", "NoUsablePool", message))
+        problems.append(problem_of(policy, "spec.pools", "Accepted", "NoUsablePool", message))
         return None
     models = _policy_models(policy, usable, problems)
     if not models:
         message = "none of the models is served by the policy's pools; it takes no requests: correct models or pools"
-        problems.append(_problem(policy, "spec.match.models", "Accepted", "NoUsablePool", message))
+        problems.append(problem_of(policy, "spec.match.models", "Accepted", "NoUsablePool", message))
         return None
     _report_half_pairs(policy, usable, problems)
     return _policy_config(policy, models, {pool.name for pool in usable})
@@ -423,7 +355,7 @@ def _policy_config(policy: RoutingPolicy, models: list[str], usable: set[str]) -
         itl_slo_s=spec.slo.itl_milliseconds / 1000,
         energy_mode=spec.energy.mode,
         energy_s_per_joule=spec.energy.microseconds_per_joule * 1e-6,
-        max_watts=_watts(spec.energy.max_watts),
+        max_watts=watts(spec.energy.max_watts),
         defer=spec.energy.defer,
         prefix=spec.prefix,
         disaggregation=spec.disaggregation,
@@ -448,7 +380,9 @@ def _policy_models(policy: RoutingPolicy, usable: Sequence[PoolConfig], problems
                 f"{name!r} is neither model nor adapter of the policy's pools{did_you_mean(name, served)}: "
                 f"add a pool that serves it or remove it (served: {', '.join(served)})"
             )
-            problems.append(_problem(policy, f"spec.match.models[{index}]", "ResolvedRefs", "ModelNotServed", message))
+            problems.append(
+                problem_of(policy, f"spec.match.models[{index}]", "ResolvedRefs", "ModelNotServed", message)
+            )
     return [name for name in dict.fromkeys(wanted) if name in served]
 
 
@@ -459,7 +393,7 @@ def _report_half_pairs(policy: RoutingPolicy, usable: Sequence[PoolConfig], prob
         for present, absent in (("Prefill", "Decode"), ("Decode", "Prefill")):
             if present in roles and absent not in roles:
                 message = f"model {model!r} has a {present} pool but no {absent} pool in this policy: add one, or use role Unified"
-                problems.append(_problem(policy, "spec.pools", "ResolvedRefs", "IncompletePair", message))
+                problems.append(problem_of(policy, "spec.pools", "ResolvedRefs", "IncompletePair", message))
 
 
 # Precedence and conflicts
@@ -493,7 +427,7 @@ def _report_conflicts(
             f"matches requests that RoutingPolicy {winner.metadata.name} also matches, with equal priority and specificity "
             f"(models {shared}); {winner.metadata.name} wins because {why}: give one a higher priority or a narrower match"
         )
-        problems.append(_problem(loser, "spec.match", "Conflicted", "OverlappingMatch", message, "Warning"))
+        problems.append(problem_of(loser, "spec.match", "Conflicted", "OverlappingMatch", message, "Warning"))
 
 
 def _overlap(first: PolicyConfig, second: PolicyConfig) -> bool:

@@ -9,11 +9,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from kvfleet_api.common import Resource
+
 Loc = tuple[str | int, ...]
+Condition = Literal["Accepted", "ResolvedRefs", "Conflicted"]
+Severity = Literal["Error", "Warning"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +29,33 @@ class FieldProblem:
 
     def __str__(self) -> str:
         return f"{dotted(self.path)}: {self.message}" if self.path else self.message
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong with one object, in the words of a condition."""
+
+    kind: str
+    namespace: str | None
+    name: str
+    condition: Condition
+    """The condition it belongs to; an error makes it False (`Conflicted`: True), a warning goes into its message."""
+    reason: str
+    field: str
+    message: str
+    severity: Severity = "Error"
+    """Error: part of what was asked for is not served. Warning: it is, but perhaps not as meant."""
+
+    def __str__(self) -> str:
+        key = f"{self.namespace}/{self.name}" if self.namespace else self.name
+        return ": ".join(part for part in (f"{self.kind} {key}", self.field, self.message) if part)
+
+
+def problem_of(
+    resource: Resource, field: str, condition: Condition, reason: str, message: str, severity: Severity = "Error"
+) -> Problem:
+    metadata = resource.metadata
+    return Problem(resource.kind, metadata.namespace, metadata.name, condition, reason, field, message, severity)
 
 
 def dotted(path: Iterable[str | int]) -> str:

@@ -17,10 +17,9 @@ from typing import Any, Final
 
 from kvfleet_api.acceleratorprofile import AcceleratorProfile
 from kvfleet_api.common import Condition, Resource
-from kvfleet_api.compile import Problem
 from kvfleet_api.fleetrouter import FleetRouter
 from kvfleet_api.modelpool import ModelPool
-from kvfleet_api.problems import FieldProblem
+from kvfleet_api.problems import FieldProblem, Problem
 from kvfleet_api.routingpolicy import RoutingPolicy
 from kvfleet_operator.api import ApiError, NotLeader
 from kvfleet_operator.apply import Applier, OwnerGone

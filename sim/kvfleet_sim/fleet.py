@@ -342,7 +342,7 @@ class _Simulation:
                 for message in told:
                     sharing.hear(message)
                 sharing.apply()
-                router.heard_routers = sharing.peers
+                router.replicas.heard = sharing.peers
         assert self._share_s is not None
         heappush(self._events, (self._now_s + self._share_s, SHARE, 0))
 

@@ -14,7 +14,6 @@ from kvfleet_api.compile import (
     ANY_MODEL,
     GENERATED_POLICY,
     CompiledFleet,
-    Problem,
     compile_fleet,
     static_fleet,
     workers_service_name,
@@ -23,6 +22,7 @@ from kvfleet_api.fleetconfig import FleetConfig
 from kvfleet_api.fleetrouter import FleetRouter
 from kvfleet_api.manifests import bundled_profiles
 from kvfleet_api.modelpool import ModelPool
+from kvfleet_api.problems import Problem
 from kvfleet_api.resolve import GENERIC_COST
 from kvfleet_api.routingpolicy import RoutingPolicy
 

@@ -1,13 +1,17 @@
 """What the operator renders, as local processes."""
 
+import os
 import socket
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 
 import httpx
 import pytest
 
 from kvfleet import local
-from kvfleet.local import HOST, LocalFleet, LocalFleetError, free_ports
+from kvfleet.local import HOST, LocalFleet, LocalFleetError, die_with_parent, free_ports
 from kvfleet_api.manifests import bundled_profiles, parse
 from kvfleet_operator.render import render
 
@@ -34,6 +38,18 @@ async def test_models_and_adapters_are_served_by_the_router(tmp_path: Path, mode
         body = {"model": model, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 3}
         answer = await client.post(f"http://127.0.0.1:{fleet.router.port}/v1/chat/completions", json=body)
         assert answer.json()["model"] == model
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a parent-death signal is Linux's")
+def test_a_process_whose_parent_died_while_it_was_started_ends() -> None:
+    gone = os.getppid()  # not its parent any more
+    command = [sys.executable, "-c", "input()"]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, preexec_fn=partial(die_with_parent, gone))
+    try:
+        assert child.wait(30) == 1
+    finally:
+        child.kill()
+        child.communicate()
 
 
 def test_no_port_is_handed_out_twice() -> None:

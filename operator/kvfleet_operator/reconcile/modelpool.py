@@ -17,8 +17,8 @@ from typing import Any
 
 from kvfleet_api.acceleratorprofile import AcceleratorProfile
 from kvfleet_api.common import Condition
-from kvfleet_api.compile import Problem
 from kvfleet_api.modelpool import ModelPool
+from kvfleet_api.problems import Problem
 from kvfleet_operator.reconcile import (
     adapters,
     cacheview,

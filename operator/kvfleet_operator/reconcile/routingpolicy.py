@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvfleet_api.compile import Problem
 from kvfleet_api.fleetconfig import PolicyConfig
+from kvfleet_api.problems import Problem
 from kvfleet_api.routingpolicy import RoutingPolicy
 from kvfleet_operator.reconcile import cacheview, conditions
 from kvfleet_operator.reconcile.cacheview import CacheView

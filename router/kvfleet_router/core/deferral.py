@@ -16,9 +16,9 @@ whoever finds no place is not kept.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from heapq import heapify, heappop, heappush
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from kvfleet_api.fleetrouter import TelemetrySpec
 from kvfleet_api.routingpolicy import DeferSpec
@@ -27,6 +27,9 @@ from kvfleet_router.core.holdqueue import HoldQueue
 from kvfleet_router.core.parse import ParsedRequest
 from kvfleet_router.core.routes import Lane
 from kvfleet_router.core.ticket import Held, Refusal
+
+if TYPE_CHECKING:
+    from kvfleet_router.core.placement import Placement
 
 DEFER_HEADER: Final = b"x-kvfleet-defer-seconds"
 LONGEST_S: Final = 86_400
@@ -73,8 +76,10 @@ class Deferral:
     # In
 
     @staticmethod
-    def wish_s(spec: DeferSpec, parsed: ParsedRequest) -> float | Refusal:
-        """How long the request may be kept."""
+    def wish_s(spec: DeferSpec | None, parsed: ParsedRequest) -> float | Refusal:
+        """How long the request may be kept. `spec`: its policy's."""
+        if spec is None:
+            return 0.0
         asked = parsed.headers.get(DEFER_HEADER)
         if asked is None:
             late = spec.min_priority is not None and parsed.priority >= spec.min_priority
@@ -88,12 +93,24 @@ class Deferral:
     def keep(self, held: Held, spec: DeferSpec, body_bytes: int) -> bool:
         """From now on it is kept, until `held.expires_at` at the latest. False: there is no place, or the router leaves."""
         policy = held.arrival.lane.config.name
-        if self.draining or self._counts[policy] >= spec.max_requests or self._bytes + body_bytes > MAX_KEPT_BYTES:
+        if not self._has_place(policy, spec, body_bytes):
             self.ended[policy, "full"] += 1
             return False
         held.kept_bytes = body_bytes
         self._insert(held)
         return True
+
+    def would_keep(self, lane: Lane, wish_s: float, body_bytes: int, now: float, queue: HoldQueue) -> bool:
+        """Whether a request that came now, and may be kept for so long, would be: there is a place, and it would not go at once."""
+        spec = lane.config.defer
+        if spec is None or wish_s <= 0.0 or not self._has_place(lane.config.name, spec, body_bytes):
+            return False
+        kept = len(self._kept.get(lane, ())) + 1
+        return not self._why(lane, now + wish_s, kept, self._pace_rps(lane), now, queue)
+
+    def _has_place(self, policy: str, spec: DeferSpec, body_bytes: int) -> bool:
+        full = self._counts[policy] >= spec.max_requests or self._bytes + body_bytes > MAX_KEPT_BYTES
+        return not full and not self.draining
 
     def _insert(self, held: Held) -> None:
         self._sequence += 1
@@ -121,10 +138,10 @@ class Deferral:
         """Those that go now, first to go first; they are kept no longer."""
         for lane in list(self._kept):
             entries = self._kept[lane]
-            pace_rps = max(self._pace_share * lane.capacity_rps(), LEAST_PACE_RPS)
+            pace_rps = self._pace_rps(lane)
             while entries:
                 held = entries[0][2]
-                why = self._why(lane, held, len(entries), pace_rps, now, queue) if held.deferred else "gone"
+                why = self._why(lane, held.expires_at, len(entries), pace_rps, now, queue) if held.deferred else "gone"
                 if not why:
                     break
                 heappop(entries)
@@ -138,22 +155,25 @@ class Deferral:
                 del self._kept[lane]
                 self._next.pop(lane, None)
 
-    def _why(self, lane: Lane, held: Held, kept: int, pace_rps: float, now: float, queue: HoldQueue) -> str:
-        """Why it goes now; empty: it stays."""
+    def _pace_rps(self, lane: Lane) -> float:
+        return max(self._pace_share * lane.capacity_rps(), LEAST_PACE_RPS)
+
+    def _why(self, lane: Lane, expires_at: float, kept: int, pace_rps: float, now: float, queue: HoldQueue) -> str:
+        """Why one that must begin at `expires_at` goes now; empty: it stays."""
         most = lane.config.admission.max_queue
         if most and queue.depths.get(lane.config.name, 0) >= max(most // 2, 1):
             return ""
         if self.draining:
             return "drain"
-        if now >= held.expires_at:
+        if now >= expires_at:
             return "due"
         if now < self._next.get(lane, now) or queue.waiting(lane) or lane.busy() >= ROOM_BELOW_LOAD:
             return ""
         if not lane.capacity_rps() and not any(pool.asleep for pool in lane.pools):
             return ""  # nobody could take it now
-        if now + kept / pace_rps >= held.expires_at:
+        if now + kept / pace_rps >= expires_at:
             return "due"
-        return "cheap" if self._cheap(now, held.expires_at) else ""
+        return "cheap" if self._cheap(now, expires_at) else ""
 
     def _cheap(self, now: float, until: float) -> bool:
         if not self._hours:
@@ -163,17 +183,23 @@ class Deferral:
         lowest = min(self._hours[hour % 24] for hour in range(first, last + 1))
         return self._hours[first % 24] <= NEAR_LOWEST * lowest
 
-    def reconfigured(self) -> list[Held]:
-        """Take everybody out: lanes are others now. Give each back to `again`, or start it."""
+    def reroute(self, find: Callable[[ParsedRequest], Lane | Refusal], placement: Placement, now: float) -> None:
+        """Lanes are others now: who is kept is kept on where the policy that takes it now allows it."""
         entries = sorted(entry for entries in self._kept.values() for entry in entries if entry[2].deferred)
         self._kept, self._next = {}, {}
         self._counts.clear()
         self._bytes = 0
-        return [held for _, _, held in entries]
-
-    def again(self, held: Held) -> None:
-        """It is kept on, its lane being another."""
-        self._insert(held)
+        for _, _, held in entries:
+            lane = find(held.arrival.parsed)
+            held.deferred = False
+            if isinstance(lane, Refusal):
+                placement.dismiss(held, lane, now)
+                continue
+            held.arrival.lane = lane
+            if lane.config.defer is not None:
+                self._insert(held)
+            else:
+                placement.start(held, now)
 
     def next_look(self, now: float) -> float | None:
         """When `ready` may have somebody; none: nobody is kept."""
@@ -185,6 +211,6 @@ class Deferral:
             must_begin = entries[0][0]
             if self.draining or self._cheap(now, must_begin):
                 return now + LOOK_AGAIN_S
-            pace_rps = max(self._pace_share * lane.capacity_rps(), LEAST_PACE_RPS)
+            pace_rps = self._pace_rps(lane)
             soonest = min(soonest, max(must_begin - len(entries) / pace_rps, now + LOOK_AGAIN_S))
         return soonest

@@ -17,26 +17,25 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from types import MappingProxyType
 from typing import Any, Final
 
 from kvfleet_api.fleetconfig import FleetConfig
-from kvfleet_api.routingpolicy import DeferSpec
+from kvfleet_router.core.checks import ConfigError, check
 from kvfleet_router.core.circuits import Circuits
 from kvfleet_router.core.decisions import Decision, DecisionLog, Outcome
 from kvfleet_router.core.deferral import Deferral
-from kvfleet_router.core.dryrun import DRY_RUN, told, try_dry, unrecorded
+from kvfleet_router.core.dryrun import DRY_RUN, keeps, told, try_dry, unrecorded
 from kvfleet_router.core.energybook import EnergyBook, PoolEnergy
 from kvfleet_router.core.exact import ask, counted_tokens, look_up, reason_to_guess
 from kvfleet_router.core.hashing import MAX_BLOCKS, block_hashes, seed_of
 from kvfleet_router.core.kvevents.view import ModelView
 from kvfleet_router.core.learning import learn
 from kvfleet_router.core.parse import ParsedRequest
-from kvfleet_router.core.placement import OnAssigned, Placed, Placement
+from kvfleet_router.core.placement import OnAssigned, Placement
 from kvfleet_router.core.policy import Policy
 from kvfleet_router.core.pool import Fleet, Pool
 from kvfleet_router.core.powerbudget import configure_budgets
+from kvfleet_router.core.replicas import Replicas
 from kvfleet_router.core.routes import Lane, Routes
 from kvfleet_router.core.savings import Saved
 from kvfleet_router.core.telemetry import DeviceReading
@@ -56,15 +55,6 @@ NOTHING_HANDED = "no_kv_transfer"
 _CLOSED_REFUSAL = Refusal(
     503, "request_closed", "The request has ended: it cannot be tried again", type="service_unavailable"
 )
-
-
-NEAR_SHARE: Final = 0.05
-"""While there are routers that are not heard: how much dearer than the least a worker may be and still be chosen."""
-NOTHING: Mapping[str, float] = MappingProxyType({})
-
-
-class ConfigError(ValueError):
-    """The configuration cannot be served (raised before anything changed): names the field and the remedy."""
 
 
 class Dispatcher:
@@ -87,22 +77,10 @@ class Dispatcher:
         self.energy = EnergyBook(self._fleet)
         self._circuits = Circuits(self._fleet, rng)
         self.deferral = Deferral(epoch_s)
-        self._heard_routers = 0
+        self.replicas = Replicas(self._fleet, self._placement, clock)
         self.configure(config)
 
     # -- configuration and membership -----------------------------------------------------------------------------------
-
-    @property
-    def heard_routers(self) -> int:
-        """Other routers of the fleet whose loads are known. To be set by whoever hears them."""
-        return self._heard_routers
-
-    @heard_routers.setter
-    def heard_routers(self, count: int) -> None:
-        self._heard_routers = count
-        alone = count < self.config.routers - 1
-        self._placement.near = NEAR_SHARE if alone else 0.0
-        self._placement.power_share = 1.0 / self.config.routers if alone else 1.0
 
     @property
     def probing(self) -> bool:
@@ -125,7 +103,7 @@ class Dispatcher:
 
     def configure(self, config: FleetConfig) -> None:
         """Take a new configuration; workers keep their state, tickets their policy. Raises ConfigError with nothing changed."""
-        self._check(config)
+        check(config, self._registry)
         now = self._clock()
         itl_slos: dict[str, float] = {}
         for policy in config.policies:
@@ -141,9 +119,9 @@ class Dispatcher:
         self._placement.savings.keep(self._fleet.pools.values())
         self._circuits.forget_removed()
         self.config = config
-        self.heard_routers = self._heard_routers
+        self.replicas.configure(config.routers)
         self._placement.reroute(self._routes.find, now)
-        self._keep_on(now)
+        self.deferral.reroute(self._routes.find, self._placement, now)
         self._placement.pump(None, now)
 
     def set_endpoints(self, pool: str, endpoints: Sequence[WorkerEndpoint]) -> None:
@@ -152,28 +130,6 @@ class Dispatcher:
         now = self._clock()
         self._circuits.forget(self._fleet.set_endpoints(pool, endpoints, now))
         self._placement.pump(None, now)
-
-    def _check(self, config: FleetConfig) -> None:
-        pools = [pool.name for pool in config.pools]
-        endpoints = [endpoint.name for pool in config.pools for endpoint in pool.endpoints]
-        policies = [policy.name for policy in config.policies]
-        for kind, names in (("pools", pools), ("policies", policies), ("endpoints", endpoints)):
-            repeated = sorted({name for name in names if names.count(name) > 1})
-            if repeated:
-                raise ConfigError(f"{kind}: {', '.join(repeated)} defined more than once: keep one each")
-        for pool in config.pools:
-            for endpoint in pool.endpoints:
-                try:
-                    _ = WorkerEndpoint(endpoint.name, endpoint.url).address
-                except ValueError as error:
-                    raise ConfigError(f"pool {pool.name}: {error}") from None
-        for policy in config.policies:
-            if policy.strategy not in self._registry:
-                known = ", ".join(sorted(self._registry))
-                raise ConfigError(f"policy {policy.name}: strategy {policy.strategy!r} is unknown: use one of {known}")
-            missing = [ref.name for ref in policy.pools if ref.name not in pools]
-            if missing:
-                raise ConfigError(f"policy {policy.name}: pools {', '.join(missing)} are not defined: add or drop them")
 
     # -- what may be asked ----------------------------------------------------------------------------------------------
 
@@ -248,38 +204,6 @@ class Dispatcher:
         """Distinct blocks in the prefix index."""
         return len(self._fleet.index)
 
-    # -- other replicas of the router -----------------------------------------------------------------------------------
-
-    def loads(self) -> dict[str, Load]:
-        """What this router has in flight, by worker: to be told to the other replicas."""
-        return {worker.name: replace(worker.own) for worker in self._fleet.workers() if worker.own.in_flight}
-
-    def changed_loads(self) -> dict[str, Load]:
-        """Of these, those of the workers where something happened since this was last asked."""
-        untold = self._fleet.table.untold
-        loads = {worker.name: replace(worker.own) for worker in untold}
-        untold.clear()
-        return loads
-
-    def told(self, elsewhere: Mapping[str, Load], prefilled_s: Mapping[str, float] = NOTHING) -> None:
-        """What all other replicas together have in flight on these workers, and the prefill time that first tokens of theirs
-        ended since they told last. Unknown workers are nobody's."""
-        now = self._clock()
-        workers = self._fleet.by_name()
-        for name, load in elsewhere.items():
-            if (worker := workers.get(name)) is not None:
-                worker.told(load, prefilled_s.get(name, 0.0), now)
-        self._placement.pump(None, now)
-
-    def share(self) -> list[Placed]:
-        """From now on, keep account of what other replicas want to know: new blocks on workers are appended here. Whoever
-        asks takes them out."""
-        placed: list[Placed] = []
-        self._placement.placed = placed
-        self._fleet.index.list_all_blocks()  # others tell the ends of prompts
-        self._fleet.table.untold.clear()
-        return placed
-
     @property
     def fleet_version(self) -> int:
         """Another number after every change of who the workers are."""
@@ -321,9 +245,17 @@ class Dispatcher:
         if isinstance(lane, Refusal):
             return lane
         lane.budget.request(now)
-        if lane.config.defer is not None:
-            return self._perhaps_later(parsed, lane.config.defer, request_id, lane, on_assigned, now)
-        return self._placement.place(self._arrival(parsed, request_id, lane, now), on_assigned, now)
+        spec = lane.config.defer
+        wish_s = self.deferral.wish_s(spec, parsed)
+        if isinstance(wish_s, Refusal):
+            return wish_s
+        body_bytes = len(parsed.body)
+        arrival = self._arrival(parsed, request_id, lane, now)
+        if spec is not None and wish_s:
+            held = Held(arrival, on_assigned, now, now + wish_s, 0.0)
+            if self.deferral.keep(held, spec, body_bytes):
+                return held
+        return self._placement.place(arrival, on_assigned, now)
 
     def dry_run(self, parsed: ParsedRequest) -> dict[str, Any]:
         """What would be done with the request now, as a decision's record with `would` and `why`. Nothing changes."""
@@ -334,7 +266,12 @@ class Dispatcher:
         if isinstance(lane, Refusal):
             decision.model, verdict = parsed.model, ("refuse", lane.message)
         else:
+            body_bytes, wish_s = len(parsed.body), self.deferral.wish_s(lane.config.defer, parsed)
             verdict = try_dry(self._placement, self._arrival(parsed, DRY_RUN, lane, now, decision), now)
+            if isinstance(wish_s, Refusal):
+                verdict = ("refuse", wish_s.message)
+            elif self.deferral.would_keep(lane, wish_s, body_bytes, now, self._placement.queue):
+                verdict = keeps(wish_s)
         return told(self.decisions.render(decision), verdict)
 
     def cancel(self, held: Held) -> None:
@@ -517,34 +454,6 @@ class Dispatcher:
         self.tick()
 
     # -- inside ---------------------------------------------------------------------------------------------------------
-
-    def _perhaps_later(
-        self, parsed: ParsedRequest, spec: DeferSpec, request_id: str, lane: Lane, on_assigned: OnAssigned, now: float
-    ) -> Ticket | Refusal | Held:
-        wish_s = self.deferral.wish_s(spec, parsed)
-        if isinstance(wish_s, Refusal):
-            return wish_s
-        body_bytes = len(parsed.body)
-        arrival = self._arrival(parsed, request_id, lane, now)
-        if wish_s > 0.0:
-            held = Held(arrival, on_assigned, now, now + wish_s, 0.0)
-            if self.deferral.keep(held, spec, body_bytes):
-                return held
-        return self._placement.place(arrival, on_assigned, now)
-
-    def _keep_on(self, now: float) -> None:
-        """Who was kept for a cheaper time is kept on where the policy that takes it now allows it."""
-        for held in self.deferral.reconfigured():
-            lane = self._routes.find(held.arrival.parsed)
-            held.deferred = False
-            if isinstance(lane, Refusal):
-                self._placement.dismiss(held, lane, now)
-                continue
-            held.arrival.lane = lane
-            if lane.config.defer is not None:
-                self.deferral.again(held)
-            else:
-                self._placement.start(held, now)
 
     def _arrival(
         self, parsed: ParsedRequest, request_id: str, lane: Lane, now: float, decision: Decision | None = None

@@ -23,7 +23,7 @@ DRY_RUN = "dry-run"
 """In the place of the decision's id."""
 
 Verdict = tuple[str, str]
-"""(`send`, `hold` or `refuse`; why)"""
+"""(`send`, `hold`, `keep` or `refuse`; why)"""
 
 
 def unrecorded(now: float) -> Decision:
@@ -58,6 +58,11 @@ def try_dry(placement: Placement, arrival: Arrival, now: float) -> Verdict:
             f"the best worker has a backlog of {backlog:.2f} s: it would wait at the router, where it can go elsewhere",
         )
     return "send", ""
+
+
+def keeps(wish_s: float) -> Verdict:
+    """It may begin so much later."""
+    return "keep", f"it may begin up to {wish_s:.0f} s from now: it would be kept for a cheaper time"
 
 
 def told(record: dict[str, Any], verdict: Verdict) -> dict[str, Any]:

@@ -102,7 +102,7 @@ class Sharing:
         self._changed: set[str] = set()
         self._prefilled_s: dict[str, float] = {}
         self._version = -1
-        self._new = dispatcher.share()
+        self._new = dispatcher.replicas.share()
         self._backlog: deque[tuple[str, tuple[int, ...]]] = deque()
         self._backlog_blocks = 0
         self._told_placed: deque[tuple[float, list[tuple[str, bytes]]]] = deque()
@@ -130,7 +130,7 @@ class Sharing:
         now = self._clock()
         self._expire(now)
         self._take_placed()
-        changed = self._dispatcher.changed_loads()
+        changed = self._dispatcher.replicas.changed_loads()
         if not reachable:
             if self._reachable_since is not None:
                 self._tell_again(now)
@@ -174,7 +174,7 @@ class Sharing:
 
     def _whole(self) -> Iterator[Body]:
         """Everything in flight, as messages whose spans cover all names."""
-        rows = {name: _row(load) for name, load in sorted(self._dispatcher.loads().items())}
+        rows = {name: _row(load) for name, load in sorted(self._dispatcher.replicas.loads().items())}
         parts = _parts(rows) or [{}]
         first = ""
         for number, part in enumerate(parts):
@@ -318,7 +318,7 @@ class Sharing:
             self._version = version
             self._changed.update(name for peer in self._peers.values() for name in peer.loads)
         if self._changed:
-            self._dispatcher.told({name: self._elsewhere(name) for name in self._changed}, self._prefilled_s)
+            self._dispatcher.replicas.told({name: self._elsewhere(name) for name in self._changed}, self._prefilled_s)
             self._changed.clear()
             self._prefilled_s.clear()
 

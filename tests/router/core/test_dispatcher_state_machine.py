@@ -229,10 +229,10 @@ class DispatcherMachine(RuleBasedStateMachine):
     @rule(number=st.integers(0, 1), in_flight=st.integers(0, 3))
     def another_replica_tells(self, number, in_flight):
         load = Load(in_flight, in_flight, 0, 0.05 * in_flight, 1000.0 * in_flight, 0.0, 1000.0 * in_flight)
-        self.fleet.dispatcher.told({f"near-{number}": load})
+        self.fleet.dispatcher.replicas.told({f"near-{number}": load})
 
     def others_have_nothing(self):
-        self.fleet.dispatcher.told({worker.name: Load() for worker in self.fleet.dispatcher.workers()})
+        self.fleet.dispatcher.replicas.told({worker.name: Load() for worker in self.fleet.dispatcher.workers()})
 
     @rule(new=CONFIGS)
     def configuration_changes(self, new):

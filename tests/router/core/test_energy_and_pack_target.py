@@ -87,7 +87,7 @@ def test_each_router_counts_its_own_part_of_a_workers_packed_sequences():
     for n in range(10):
         fleet.dispatcher.first_token(fleet.sent(request(100, prefix=n)))
     alone = fleet.dispatcher.packed_sequences("pool")
-    fleet.dispatcher.told({"pool-0": Load(in_flight=30, decoding=30, context_tokens=3000.0)})
+    fleet.dispatcher.replicas.told({"pool-0": Load(in_flight=30, decoding=30, context_tokens=3000.0)})
     shared = fleet.dispatcher.packed_sequences("pool")
     alone_s, shared_s = COST.decode_step_s(10, 1000.0), COST.decode_step_s(40, 4000.0)
     assert shared == pytest.approx(alone * alone_s / shared_s, rel=0.05), "a quarter of the tokens of longer steps"

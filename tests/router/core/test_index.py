@@ -33,15 +33,38 @@ def by_slot(match):
     return found
 
 
-class IndexAgainstSets(RuleBasedStateMachine):
-    """Four workers, each a plain set of blocks; small enough never to evict."""
+class Pinning(RuleBasedStateMachine):
+    """Prompts that were pinned are let go in any order; `sets`: what each worker holds."""
+
+    workers = 3
+    capacity_blocks = 1000
 
     def __init__(self):
         super().__init__()
         self.index = PrefixIndex()
-        self.caches = [self.index.add_worker(MIN_CAPACITY_BLOCKS) for _ in range(4)]
-        self.sets = [set() for _ in range(4)]
+        self.caches = [self.index.add_worker(self.capacity_blocks) for _ in range(self.workers)]
+        self.sets = [set() for _ in range(self.workers)]
         self.pins = []
+
+    @rule(data=st.data(), computed=st.booleans())
+    def unpin(self, data, computed):
+        if self.pins:
+            worker, epoch, blocks = self.pins.pop(data.draw(st.integers(0, len(self.pins) - 1)))
+            start = data.draw(st.integers(0, len(blocks)))
+            self.caches[worker].unpin(blocks, epoch, forget_from=None if computed else start)
+            if not computed and epoch == self.caches[worker].epoch:
+                self.sets[worker] -= set(blocks[start:]) - self.pinned(worker)
+
+    def pinned(self, worker):
+        epoch = self.caches[worker].epoch
+        return {block for w, e, blocks in self.pins if w == worker and e == epoch for block in blocks}
+
+
+class IndexAgainstSets(Pinning):
+    """Four workers, each a plain set of blocks; small enough never to evict."""
+
+    workers = 4
+    capacity_blocks = MIN_CAPACITY_BLOCKS
 
     @rule(worker=st.integers(0, 3), blocks=BLOCKS)
     def store(self, worker, blocks):
@@ -60,15 +83,6 @@ class IndexAgainstSets(RuleBasedStateMachine):
         self.pins.append((worker, self.caches[worker].epoch, pinned))
         self.sets[worker].update(blocks)
 
-    @rule(data=st.data(), computed=st.booleans())
-    def unpin(self, data, computed):
-        if self.pins:
-            worker, epoch, blocks = self.pins.pop(data.draw(st.integers(0, len(self.pins) - 1)))
-            start = data.draw(st.integers(0, len(blocks)))
-            self.caches[worker].unpin(blocks, epoch, forget_from=None if computed else start)
-            if not computed and epoch == self.caches[worker].epoch:
-                self.sets[worker] -= set(blocks[start:]) - self.pinned(worker)
-
     @rule(worker=st.integers(0, 3))
     def clear(self, worker):
         self.caches[worker].clear()
@@ -82,10 +96,6 @@ class IndexAgainstSets(RuleBasedStateMachine):
         assert self.caches[worker].slot == old
         self.pins = [pin for pin in self.pins if pin[0] != worker]
         self.sets[worker] = set()
-
-    def pinned(self, worker):
-        epoch = self.caches[worker].epoch
-        return {block for w, e, blocks in self.pins if w == worker and e == epoch for block in blocks}
 
     @invariant()
     def holds_what_the_sets_hold(self):
@@ -112,15 +122,8 @@ PROMPTS = st.lists(st.integers(0, 2), max_size=8).map(
 """Chained, as prompts' blocks are: a block's name tells all before it. Many share beginnings."""
 
 
-class PromptsAgainstSets(RuleBasedStateMachine):
+class PromptsAgainstSets(Pinning):
     """What routing alone asks of the index: prompts from their beginnings. Then it keeps no table of all blocks."""
-
-    def __init__(self):
-        super().__init__()
-        self.index = PrefixIndex()
-        self.caches = [self.index.add_worker(1000) for _ in range(3)]
-        self.sets = [set() for _ in range(3)]
-        self.pins = []
 
     @rule(worker=st.integers(0, 2), prompt=PROMPTS)
     def pin(self, worker, prompt):
@@ -128,23 +131,10 @@ class PromptsAgainstSets(RuleBasedStateMachine):
         self.pins.append((worker, self.caches[worker].epoch, prompt))
         self.sets[worker].update(prompt)
 
-    @rule(data=st.data(), computed=st.booleans())
-    def unpin(self, data, computed):
-        if self.pins:
-            worker, epoch, blocks = self.pins.pop(data.draw(st.integers(0, len(self.pins) - 1)))
-            start = data.draw(st.integers(0, len(blocks)))
-            self.caches[worker].unpin(blocks, epoch, forget_from=None if computed else start)
-            if not computed and epoch == self.caches[worker].epoch:
-                self.sets[worker] -= set(blocks[start:]) - self.pinned(worker)
-
     @rule(worker=st.integers(0, 2))
     def clear(self, worker):
         self.caches[worker].clear()
         self.sets[worker].clear()
-
-    def pinned(self, worker):
-        epoch = self.caches[worker].epoch
-        return {block for w, e, blocks in self.pins if w == worker and e == epoch for block in blocks}
 
     @rule(prompt=PROMPTS)
     def match(self, prompt):

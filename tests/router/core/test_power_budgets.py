@@ -116,7 +116,7 @@ def test_a_router_that_does_not_hear_the_others_takes_its_part():
         fleet.sent(request(100, model="a"))
     alone.sent(request(100, model="b"))
     held = deaf.held(request(100, model="b"))
-    deaf.dispatcher.heard_routers = 1
+    deaf.dispatcher.replicas.heard = 1
     deaf.now += 0.05
     deaf.dispatcher.tick()
     assert not held.waiting

@@ -28,7 +28,7 @@ def test_figures_are_the_sum_and_fall_back_to_the_own_ones():
     assert (mine.in_flight, mine.pending, mine.decoding) == (2, 1, 1)
     assert mine.kv_used_tokens == pytest.approx(alone[1] + theirs_alone)
     assert mine.step_now_s > alone[2]
-    assert one.dispatcher.loads()["pool-0"].in_flight == 1
+    assert one.dispatcher.replicas.loads()["pool-0"].in_flight == 1
     other.answer(theirs_first)
     exchange(one, other)
     assert (mine.backlog_s, mine.kv_used_tokens, mine.step_now_s) == alone
@@ -41,7 +41,7 @@ def test_own_accounting_is_unmoved_by_what_others_tell():
     elsewhere = other.sent(request(1000, prefix=2))
     exchange(one, other)
     one.answer(ticket)
-    assert one.dispatcher.loads() == {}
+    assert one.dispatcher.replicas.loads() == {}
     other.answer(elsewhere)
     exchange(one, other)
     one.assert_idle()
@@ -61,7 +61,7 @@ def test_the_limit_of_requests_in_flight_holds_across_replicas():
 
 def test_loads_of_unknown_workers_are_nobodys_until_the_worker_comes():
     one, other = replicas(2, workers=1)
-    one.dispatcher.told({"gone": Load(in_flight=5, pending=5)})
+    one.dispatcher.replicas.told({"gone": Load(in_flight=5, pending=5)})
     one.assert_idle()
     later = Replica(3, workers=2)
     later.sent(request(1000))

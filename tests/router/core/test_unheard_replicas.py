@@ -52,5 +52,5 @@ def test_it_takes_the_best_again_as_soon_as_it_hears_the_others():
         assert each.dispatcher._placement.near > 0
     passes(0.1, one, other)
     for each in (one, other):
-        each.dispatcher.heard_routers = each.sharing.peers
+        each.dispatcher.replicas.heard = each.sharing.peers
         assert each.dispatcher._placement.near == 0

@@ -1,6 +1,8 @@
 """A worker's figures: what each event adds and takes off, and how prediction follows from them."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from routing_fleet import COST, Fleet, config, cost, pool, request
 
 from kvfleet_router.core.predict import backlog_s, ttft_parts
@@ -9,6 +11,13 @@ from kvfleet_router.core.predict import backlog_s, ttft_parts
 def one_worker(**fields):
     fleet = Fleet(config(pools=[pool(workers=1, **fields)], strategy="ttft_min") if fields else None, workers=1)
     return fleet, fleet.dispatcher.workers()[0]
+
+
+@given(prompt=st.integers(0, 10**6), cached_share=st.floats(0, 1))
+def test_the_pools_own_arithmetic_is_the_cost_models(prompt, cached_share):
+    (mine,) = Fleet().dispatcher.pools()
+    uncached = prompt * (1 - cached_share)
+    assert mine.prefill_s(uncached, prompt) == COST.prefill_s(uncached, prompt)
 
 
 def test_pending_prefill_is_backlog_until_its_first_token():

@@ -139,7 +139,7 @@ async def test_what_one_has_in_flight_the_other_knows(pair: Replicas, slow: Slow
     shown = await pair.metrics(other)
     assert (shown['connected{over="redis"}'], shown["peers"], shown["expected_peers"]) == (1, 1, 1)
     assert 0 < shown["round_trip_seconds"] < PATIENCE_S
-    assert other.dispatcher.heard_routers == 1
+    assert other.dispatcher.replicas.heard == 1
 
 
 async def test_a_newcomer_is_told_loads_and_prefixes(pair: Replicas, slow: Slow) -> None:

@@ -82,7 +82,7 @@ class Sharer:
             messages = self.sharing.flush(reachable=self._bus.reachable)
             self._told += len(messages)
             self._bus.send(messages)
-            self._dispatcher.heard_routers = self.sharing.peers
+            self._dispatcher.replicas.heard = self.sharing.peers
         except Exception:
             log.exception("replicas could not be told; the next time comes all the same")
         self._spent_s += time.thread_time() - began
