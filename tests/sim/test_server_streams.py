@@ -55,8 +55,9 @@ async def test_time_passes_as_the_cost_model_says() -> None:
                 stream.received += await asyncio.wait_for(stream._reader.read(65536), TIMEOUT_S)
             times.append(loop.time() - start_s)
         await stream.read_all()
-    assert times[0] >= cost.prefill_s(4000, 4000) / 0.5 * 0.99
-    assert times[-1] - times[0] >= cost.decode_step_s(1, 4001) * 9 / 0.5 * 0.9
+    first_s = cost.prefill_s(4000, 4000) / 0.5
+    assert times[0] >= first_s * 0.99  # a busy machine may see it later, never sooner
+    assert times[-1] >= (first_s + cost.decode_step_s(1, 4001) * 9 / 0.5) * 0.99
 
 
 async def test_the_same_prompt_says_the_same_and_another_seed_something_else() -> None:
