@@ -42,7 +42,6 @@ from dataplane_peers import Router, compiled, kvfleet, peers
 from kvfleet.local import free_ports
 
 HERE = Path(__file__).resolve().parent
-PEERS = HERE.parent / "out" / "peers"
 STRATEGIES = ("round_robin", "kvfleet")
 WORKERS = 4
 START_TIMEOUT_S = 60.0
@@ -275,7 +274,10 @@ def main() -> int:
     )
     parser.add_argument("--peers", default="", help="peers to measure beside it, comma-separated, or `all`")
     parser.add_argument(
-        "--venv", action="append", type=Path, help=f"where peers from PyPI are installed; repeat (default: {PEERS}/*)"
+        "--venv",
+        action="append",
+        type=Path,
+        help="where peers from PyPI are installed; repeat (default: those of `make peers`)",
     )
     parser.add_argument("--loads", default="", help="comma-separated beginnings of load names (default: all)")
     parser.add_argument(
@@ -289,7 +291,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write every sample to this file")
     arguments = parser.parse_args()
 
-    available = peers(arguments.venv or sorted(PEERS.glob("*")))
+    available = peers(arguments.venv)
     wanted = list(available) if arguments.peers == "all" else [name for name in arguments.peers.split(",") if name]
     if unknown := set(wanted) - set(available):
         parser.error(

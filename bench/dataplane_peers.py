@@ -9,6 +9,7 @@ import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Final
 
 from kvfleet_api.compile import static_fleet
 from kvfleet_api.fleetconfig import FleetConfig
@@ -151,8 +152,12 @@ def floor(port: int, admin: int, workers: Sequence[int], directory: Path) -> lis
     return [sys.executable, str(Path(__file__).with_name("floor.py")), str(port), *map(str, workers)]
 
 
-def peers(venvs: Sequence[Path]) -> dict[str, Router]:
-    """Every peer found on this machine."""
+PEERS: Final = Path(__file__).resolve().parent.parent / "out" / "peers"
+"""Where `make peers` installs them, each in an environment of its own."""
+
+
+def peers(venvs: Sequence[Path] = ()) -> dict[str, Router]:
+    """Every peer found on this machine, in `venvs` or where `make peers` put them."""
     found = [Router("uvloop passing bytes", floor)]
     system = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin"))
     if program := shutil.which("nginx", path=system):
@@ -161,7 +166,7 @@ def peers(venvs: Sequence[Path]) -> dict[str, Router]:
         found.append(
             configured("haproxy", program, ["-f", "{file}"], HAPROXY, "  server w{port} 127.0.0.1:{port}", ".cfg")
         )
-    for venv in venvs:
+    for venv in venvs or sorted(PEERS.glob("*")):
         for program in venv.glob("lib/python3*/site-packages/envoy/_bin/envoy"):
             endpoint = "{{endpoint: {{address: {{socket_address: {{address: 127.0.0.1, port_value: {port}}}}}}}}}"
             options = ["--disable-hot-restart", "--concurrency", "1", "-l", "warn", "-c", "{file}"]

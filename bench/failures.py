@@ -1,7 +1,7 @@
 """How routers behave when things go wrong: kvfleet beside every peer that is found, as one table.
 
     .venv/bin/python bench/failures.py                               # kvfleet alone
-    .venv/bin/python bench/failures.py --peers all --venv DIR …      # and the peers installed there (as bench/dataplane.py)
+    .venv/bin/python bench/failures.py --peers all                   # and the gateways that `make peers` installed
 
 Each row is one thing that goes wrong, tried on each router in turn, freshly started before simulated vLLM workers
 (`kvfleet worker`, killed with SIGKILL where a row says so) or before one that records what it is sent. `want` is what a client
@@ -354,14 +354,22 @@ def table(routers: Sequence[Router], rows: Sequence[Row], cells: dict[tuple[str,
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", default="", help="peers to try beside it, comma-separated, or `all`")
     parser.add_argument(
-        "--venv", action="append", type=Path, default=[], help="where peers from PyPI are installed; repeat"
+        "--peers", default="", help="peers to try beside it, comma-separated, or `all`: gateways that look at prefixes"
+    )
+    parser.add_argument(
+        "--venv",
+        action="append",
+        type=Path,
+        default=[],
+        help="where peers from PyPI are installed; repeat (default: those of `make peers`)",
     )
     parser.add_argument("--rows", default="", help="comma-separated beginnings of rows (default: all)")
     arguments = parser.parse_args()
     available = peers(arguments.venv)
-    wanted = list(available) if arguments.peers == "all" else [name for name in arguments.peers.split(",") if name]
+    wanted = [name for name in arguments.peers.split(",") if name]
+    if arguments.peers == "all":
+        wanted = [name for name in available if name.endswith("cache_aware")]
     if unknown := set(wanted) - set(available):
         parser.error(
             f"--peers {', '.join(sorted(unknown))}: not found here; found are {', '.join(available) or 'none'}"

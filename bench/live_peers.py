@@ -1,9 +1,8 @@
 """kvfleet beside real routers, live: the same simulated workers behind each, the same arrivals in front, one after the other.
 
-    python bench/live_peers.py --venv DIR [--venv DIR …] [--trace FILE] [--requests 300] [--load 0.8] [--workers 8] [--speed 0.5]
+    make peers && python bench/live_peers.py [--trace FILE] [--requests 300] [--load 0.8] [--workers 8] [--speed 0.5]
 
-Each --venv is a Python environment with the packages sglang-router or vllm-router (`pip install sglang-router vllm-router`);
-their binaries run with each of their policies given below. Workers are started anew for each router: caches are cold, and what
+The binaries of sglang-router and vllm-router run with each of their policies given below. Workers are started anew for each router: caches are cold, and what
 one leaves behind does not help the next. `--speed` below 1 stretches virtual time where the machine is small.
 """
 
@@ -33,7 +32,7 @@ def main() -> None:
     made = setting(arguments.trace, arguments.requests, arguments.load, arguments.workers)
     found = {name: router for name, router in peers(arguments.venv).items() if name.startswith(("sglang", "vllm"))}
     if not found:
-        raise SystemExit("error: no sglang-router or vllm-router in --venv DIR: pip install them there")
+        raise SystemExit("error: no sglang-router or vllm-router here: run `make peers`, or say --venv DIR")
     print(
         f"{len(made.requests)} requests at {made.rate_rps:.2f} req/s ({arguments.load:g} of saturation) on {arguments.workers} "
         f"workers, at {arguments.speed:g} x real time; seconds are virtual\n"
@@ -99,7 +98,13 @@ def line(name: str, found: Measured) -> str:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shipped = FLEET.parent / "traces" / "mooncake_synthetic_300.jsonl"
-    parser.add_argument("--venv", type=Path, action="append", default=[], help="with sglang-router or vllm-router")
+    parser.add_argument(
+        "--venv",
+        type=Path,
+        action="append",
+        default=[],
+        help="with sglang-router or vllm-router (default: those of `make peers`)",
+    )
     parser.add_argument("--trace", default=str(shipped), help="a trace without sessions, or `shared-prefix`")
     parser.add_argument("--requests", type=int, default=300)
     parser.add_argument("--load", type=float, default=0.8, help="share of the saturation rate")
