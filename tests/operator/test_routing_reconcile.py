@@ -120,6 +120,15 @@ def test_the_losing_one_of_two_overlapping_policies_says_so(make):
     assert winner["Conflicted"] == ("False", "NoConflict")
 
 
+def test_a_policy_whose_power_budget_is_too_small_is_served_and_says_so(make):
+    policy = make.policy(energy={"mode": "Strict", "maxWatts": 1})
+    conditions, status = policy_conditions(make, policy, [SERVING])
+    assert conditions["Accepted"] == ("True", "AcceptedWithWarnings")
+    assert conditions["Ready"] == ("True", "Ready")
+    (message,) = [c["message"] for c in status["conditions"] if c["type"] == "Accepted"]
+    assert message.startswith("spec.energy.maxWatts: 1 W are less than the")
+
+
 # FleetRouter
 
 
@@ -152,6 +161,14 @@ def test_a_router_is_ready_when_its_replicas_serve_the_written_revision(make):
     assert "a refused it: no good" in next(c for c in status["conditions"] if c["type"] == "Programmed")["message"]
     starting, _ = router_conditions(router_input(make), deployment(ready=0))
     assert starting["Ready"] == ("False", "RollingOut")
+
+
+def test_a_router_whose_power_budget_is_too_small_says_so(make):
+    conditions, status = router_conditions(router_input(make, maxWatts=1), deployment())
+    assert conditions["Accepted"] == ("True", "AcceptedWithWarnings")
+    (message,) = [c["message"] for c in status["conditions"] if c["type"] == "Accepted"]
+    assert message.startswith("spec.maxWatts: 1 W are less than the")
+    assert router_conditions(router_input(make, maxWatts=10_000), deployment())[0]["Accepted"] == ("True", "Accepted")
 
 
 def test_the_config_map_holds_the_compiled_fleet_and_no_pod_depends_on_it(make):

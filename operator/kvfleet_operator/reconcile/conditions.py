@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from kvfleet_api.common import Condition
+from kvfleet_api.problems import Problem
 
 Status = Literal["True", "False", "Unknown"]
 
@@ -22,6 +23,8 @@ NEWS_AT_ONCE: Final = frozenset({"Accepted", "ResolvedRefs", "Conflicted"})
 """Types whose first status is news when it is bad. That a new object is not ready yet is none."""
 BAD_WHEN_TRUE: Final = frozenset({"Conflicted"})
 """Types that state a problem when True."""
+
+APPLIED: Final = "The spec is valid and its objects are applied."
 
 SCALING_ACTIVE: Final = "ScalingActive"
 """The autoscaler's own: it writes this condition beside those of the reconciler."""
@@ -35,6 +38,27 @@ class Finding:
     status: Status
     reason: str
     message: str = ""
+
+
+def accepted(problems: Iterable[Problem], message: str, *more: str) -> Finding:
+    """`problems`: all there are of the object. An error says that not all of it is served; warnings and `more` are said beside
+    True. `message`: where there is nothing to say."""
+    wrong = [problem for problem in problems if problem.condition == "Accepted"]
+    errors = [problem for problem in wrong if problem.severity == "Error"]
+    if errors:
+        return Finding("Accepted", "False", errors[0].reason, sentences(wrong))
+    warnings = [*map(_sentence, wrong), *more]
+    if warnings:
+        return Finding("Accepted", "True", "AcceptedWithWarnings", "; ".join(warnings))
+    return Finding("Accepted", "True", "Accepted", message)
+
+
+def sentences(problems: Iterable[Problem]) -> str:
+    return "; ".join(map(_sentence, problems))
+
+
+def _sentence(problem: Problem) -> str:
+    return f"{problem.field}: {problem.message}"
 
 
 def settle(

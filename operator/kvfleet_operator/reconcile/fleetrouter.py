@@ -60,7 +60,7 @@ def status(given: RouterInput, applied: Applied, now: str) -> dict[str, Any]:
     """The status to report once the children were applied."""
     router = given.router
     reading = rollout.read(applied.live.get(("Deployment", names.bounded(router.metadata.name))))
-    accepted = _accepted(router, applied.rejections)
+    accepted = _accepted(given, applied.rejections)
     programmed = _programmed(view(given))
     available = rollout.available(reading, "router replica")
     parts = [accepted, rollout.rolled_out(reading, "router replica"), programmed]
@@ -88,12 +88,15 @@ def template_problem(router: FleetRouter) -> str | None:
     return None
 
 
-def _accepted(router: FleetRouter, rejections: Sequence[Rejection]) -> Finding:
-    if problem := template_problem(router):
+def _accepted(given: RouterInput, rejections: Sequence[Rejection]) -> Finding:
+    if problem := template_problem(given.router):
         return Finding("Accepted", "False", "InvalidPodTemplate", problem)
     if rejections:
         return Finding("Accepted", "False", rejections[0].reason, " ".join(r.message for r in rejections))
-    return Finding("Accepted", "True", "Accepted", "The spec is valid and its objects are applied.")
+    own = (given.router.kind, given.router.metadata.name)
+    return conditions.accepted(
+        [problem for problem in given.fleet.problems if (problem.kind, problem.name) == own], conditions.APPLIED
+    )
 
 
 def _programmed(router: RouterView) -> Finding:

@@ -129,14 +129,7 @@ def _accepted(given: PoolInput, rejections: Sequence[Rejection]) -> Finding:
         return Finding("Accepted", "False", "InvalidPodTemplate", problem)
     if rejections:
         return Finding("Accepted", "False", rejections[0].reason, " ".join(r.message for r in rejections))
-    wrong = [problem for problem in given.problems if problem.condition == "Accepted"]
-    errors = [problem for problem in wrong if problem.severity == "Error"]
-    if errors:
-        return Finding("Accepted", "False", errors[0].reason, _sentences(wrong))
-    warnings = [*map(_sentence, wrong), *engine.unwired(given.pool.spec)]
-    if warnings:
-        return Finding("Accepted", "True", "AcceptedWithWarnings", "; ".join(warnings))
-    return Finding("Accepted", "True", "Accepted", "The spec is valid and its objects are applied.")
+    return conditions.accepted(given.problems, conditions.APPLIED, *engine.unwired(given.pool.spec))
 
 
 def template_problem(given: PoolInput) -> str | None:
@@ -156,15 +149,7 @@ def _resolved(given: PoolInput) -> Finding:
         reference = given.pool.spec.accelerator.profile_ref
         return Finding("ResolvedRefs", "True", "ResolvedRefs", f"AcceleratorProfile {reference} exists.")
     held = "a running workload is left as it is, a new one is created once the profile exists"
-    return Finding("ResolvedRefs", "False", wrong[0].reason, f"{_sentences(wrong)}; {held}")
-
-
-def _sentences(problems: Sequence[Problem]) -> str:
-    return "; ".join(map(_sentence, problems))
-
-
-def _sentence(problem: Problem) -> str:
-    return f"{problem.field}: {problem.message}"
+    return Finding("ResolvedRefs", "False", wrong[0].reason, f"{conditions.sentences(wrong)}; {held}")
 
 
 def _adapters_loaded(given: PoolInput, reading: rollout.Rollout | None, before: Sequence[Condition]) -> list[Finding]:

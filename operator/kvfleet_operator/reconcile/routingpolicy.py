@@ -111,23 +111,21 @@ def _of(problems: Sequence[Problem], condition: str) -> Finding:
     wrong = [problem for problem in problems if problem.condition == condition]
     if not wrong:
         return Finding(condition, "True", condition, "All pools and models it names exist.")
-    return Finding(condition, "False", wrong[0].reason, "; ".join(f"{p.field}: {p.message}" for p in wrong))
+    return Finding(condition, "False", wrong[0].reason, conditions.sentences(wrong))
 
 
 def _accepted(problems: Sequence[Problem], compiled: bool) -> Finding:
-    wrong = [problem for problem in problems if problem.condition == "Accepted"]
-    if wrong:
-        return _of(problems, "Accepted")
-    if not compiled:
+    accepted = conditions.accepted(problems, "It is part of the routers' configuration.")
+    if accepted.status == "True" and not compiled:
         return Finding("Accepted", "False", "NotCompiled", "It is not part of the routers' configuration.")
-    return Finding("Accepted", "True", "Accepted", "It is part of the routers' configuration.")
+    return accepted
 
 
 def _conflicted(problems: Sequence[Problem]) -> Finding:
     found = [problem for problem in problems if problem.condition == "Conflicted"]
     if not found:
         return Finding("Conflicted", "False", "NoConflict", "No other policy takes requests it asks for.")
-    return Finding("Conflicted", "True", found[0].reason, "; ".join(f"{p.field}: {p.message}" for p in found))
+    return Finding("Conflicted", "True", found[0].reason, conditions.sentences(found))
 
 
 def _programmed(policy: RoutingPolicy, compiled: bool, routers: Sequence[RouterView]) -> Finding:
