@@ -482,7 +482,7 @@ class Dispatcher:
             request_id,
             lane,
             now,
-            deadline=now + max(lane.ttft_slo_s, UNLOADED_FACTOR * lane.pools[0].unloaded_ttft_s(tokens)),
+            deadline=now + max(lane.ttft_slo_s, UNLOADED_FACTOR * lane.unloaded_ttft_s(tokens)),
             prompt_tokens=tokens,
             expected_output_tokens=decision.expected_output_tokens,
             block_tokens=self._block_bytes * tokens / parsed.prompt_bytes if parsed.prompt_bytes else 0.0,

@@ -259,6 +259,7 @@ class Placement:
             if isinstance(resort, Refusal):
                 return resort
             candidates = resort
+        arrival.unlike = candidates.unlike
         if lane.prices_energy:
             arrival.load = lane.load()
         if lane.power_budgets:
@@ -316,6 +317,7 @@ class Placement:
         if candidates is None:
             return None
         there = arrival.expecting(1.0)
+        there.unlike = candidates.unlike
         return there, choose(there, candidates, self._fleet.index, self._fleet.table, self._rng, now), True
 
     def _affordable(self, arrival: Arrival, candidates: Candidates, now: float) -> Candidates | tuple[PowerBudget, ...]:

@@ -37,13 +37,16 @@ Tier = list[tuple["Pool", int]]
 class Candidates:
     """Workers to choose from, in the shapes that scoring wants."""
 
-    __slots__ = ("guarded", "mask", "slots", "staying", "workers")
+    __slots__ = ("guarded", "mask", "slots", "staying", "unlike", "workers")
 
     def __init__(self, workers: Iterable[Worker]) -> None:
         self.workers = tuple(workers)
         self.slots = slots_of([worker.cache.slot for worker in self.workers])
         self.guarded = any(worker.breaker.on_probation for worker in self.workers)
         self.mask = sum(worker.cache.bit for worker in self.workers)
+        rates = {worker.pool_state.cost.prefill_s_per_token for worker in self.workers}
+        self.unlike = min(max(rates) / max(min(rates), 1e-9) - 1.0, 1.0) if len(rates) > 1 else 0.0
+        """How unlike their accelerators are: 0 where all compute a prompt equally fast, 1 where one takes twice as long as another."""
         self.staying = self
         """Those of them that come first; by themselves, all."""
 
@@ -96,6 +99,7 @@ class Lane:
         """Those that compute prompts for Decode pools (disaggregation.py)."""
         self.priced = any(pool.cost.step_joules > 0 or pool.cost.token_joules > 0 for pool in self.pools)
         """It is known what requests take, so what a choice saves can be told."""
+        self._fastest = min(self.pools, key=lambda pool: pool.cost.prefill_s_per_token, default=None)
         self._longest_context = max((pool.config.max_context_tokens or 2**62 for pool in self.pools), default=0)
         every = (*self.pools, *self.prefill_pools)
         self.adapter = any(model in pool.config.adapters for pool in every)
@@ -111,6 +115,10 @@ class Lane:
         ):
             return False
         return all(parsed.headers.get(name) == value for name, value in self._headers)
+
+    def unloaded_ttft_s(self, prompt_tokens: float) -> float:
+        """Of a prompt of which nothing is cached, at an idle worker of the fastest pool."""
+        return self._fastest.unloaded_ttft_s(prompt_tokens) if self._fastest is not None else 0.0
 
     def load(self) -> float:
         """How busy its pools are; 1 where joules cannot be trusted: at the edge of the SLO joules do not count."""

@@ -49,6 +49,7 @@ class Arrival:
         "received_tokens",
         "request_id",
         "resumed",
+        "unlike",
         "whole",
     )
 
@@ -86,6 +87,8 @@ class Arrival:
         self.decision = decision
         self.load = 0.0
         """How busy the lane's pools are: 0 idle, 1 at the SLO's edge."""
+        self.unlike = 0.0
+        """How unlike the candidates' accelerators are: 0 all alike, 1 where one computes a prompt twice as fast as another."""
         self.blind = False
         """Other routers choose among the same workers, and nothing is known of what they choose."""
         self.attempt = 0
@@ -119,7 +122,7 @@ class Arrival:
             decision=self.decision,
         )
         other.load, other.attempt, other.excluded = self.load, self.attempt, self.excluded
-        other.blind = self.blind
+        other.blind, other.unlike = self.blind, self.unlike
         other.received_tokens, other.whole = self.received_tokens, self.whole
         other.asked, other.expected, other.expected_at = self.asked, self.expected, self.expected_at
         return other

@@ -26,6 +26,9 @@ and the prompts pending on a worker are exactly those whose answers begin when t
 stalls cost in spare time is safe, and one that cannot become so is lost already: neither counts. While the winner's backlog exceeds θ the request stays at the router, where it can still go
 elsewhere.
 
+Where candidates' accelerators differ, the SLO's prices are higher (UNLIKE): to a long prompt a fast accelerator is worth seconds, more than
+an objective would cost, and the fast ones would get all of them while the slow ones have time.
+
 With energy, an objective comes first: what a worker would save by sharing its steps does not count as far as it would break one (B),
 however much a model's requests take. The SLO weighs more and its margin is earlier (the guard), and joules have a price: load gathers on few
 workers. As load rises first the guard, then the price fades out, until the policy is the latency policy again.
@@ -89,6 +92,9 @@ GOODPUT = Weights(
     stall_s=3.0,
 )
 """GP: most requests inside their SLO; the default."""
+UNLIKE = replace(GOODPUT, own_prefill=0.5, itl_slo_s=3.0, stall_s=6.0)
+"""GP where accelerators differ: the fast ones are worth seconds to a long prompt, and with the prices above would get all of them,
+beyond the SLO, while the slow ones have time."""
 GUARD = replace(
     GOODPUT, own_prefill=0.5, decode_harm=0.01, itl_slo_s=1.0, ttft_slo_s=1.0, itl_margin=0.6, ttft_margin=0.6
 )
@@ -125,23 +131,33 @@ class KVFleet(Policy):
     tie = 0.0005
 
     latency: ClassVar[Weights] = GOODPUT
+    unlike: ClassVar[Weights] = UNLIKE
 
     def __init__(self, config: PolicyConfig) -> None:
         super().__init__(config)
         self.hold_above_s = self.latency.hold_above_s
         self._itl_slo_s = config.itl_slo_s
         self._prices_energy = config.energy_mode != "Off"
-        self._fading = [_between(self.latency, GUARD, step / FADING_STEPS) for step in range(FADING_STEPS + 1)]
+        self._built: dict[float, list[Weights]] = {}
 
-    def _weights(self, load: float) -> tuple[Weights, float]:
-        """With energy: the constants and the price of a joule (s/J) at this load."""
-        price = _left(load, PRICE_FADES)
+    def _weights(self, arrival: Arrival) -> tuple[Weights, float]:
+        """The constants and, with energy, the price of a joule (s/J) at this load."""
+        fading = self._built.get(arrival.unlike)
+        if fading is None:
+            fading = self._built[arrival.unlike] = self._fading(arrival.unlike)
+        price = _left(arrival.load, PRICE_FADES) if self._prices_energy else 0.0
         if not price:
-            return self.latency, 0.0
-        return self._fading[round(_left(load, GUARD_FADES) * FADING_STEPS)], price * self.config.energy_s_per_joule
+            return fading[0], 0.0
+        guard = _left(arrival.load, GUARD_FADES)
+        return fading[round(guard * FADING_STEPS)], price * self.config.energy_s_per_joule
+
+    def _fading(self, unlike: float) -> list[Weights]:
+        """From those without the guard to the guard's, in FADING_STEPS."""
+        plain = _between(self.latency, self.unlike, unlike)
+        return [_between(plain, GUARD, step / FADING_STEPS) for step in range(FADING_STEPS + 1)]
 
     def score(self, arrival: Arrival, worker: Worker, cached_tokens: float, now: float) -> tuple[float, ...]:
-        weights, price = self._weights(arrival.load) if self._prices_energy else (self.latency, 0.0)
+        weights, price = self._weights(arrival)
         backlog, own, step, kv_wait = ttft_parts(arrival, worker, cached_tokens, now)
         ttft = backlog + own + step + kv_wait
         prompt, expected = arrival.prompt_tokens, arrival.expected_output_tokens
@@ -196,7 +212,7 @@ class KVFleet(Policy):
         return backlog, own, step, kv_wait, own_weight, harm, evict, slo, energy
 
     def score_many(self, arrival: Arrival, workers: Columns, cached_tokens: Array, now: float) -> tuple[Array, ...]:
-        weights, price = self._weights(arrival.load) if self._prices_energy else (self.latency, 0.0)
+        weights, price = self._weights(arrival)
         backlog, own, step, kv_wait = ttft_parts_many(arrival, workers, cached_tokens, now)
         ttft = backlog + own + step + kv_wait
         prompt, expected = arrival.prompt_tokens, arrival.expected_output_tokens
@@ -249,7 +265,7 @@ class KVFleet(Policy):
 class KVFleetLatency(KVFleet):
     """The same with the LAT constants."""
 
-    latency = LATENCY
+    latency = unlike = LATENCY
 
 
 def _left(load: float, fades: tuple[float, float]) -> float:

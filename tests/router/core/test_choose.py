@@ -46,6 +46,7 @@ def decide(fleet, parsed, columns_from, monkeypatch):
     monkeypatch.setattr(type(lane.policy), "columns_from", columns_from)
     monkeypatch.setattr("kvfleet_router.core.choose.MAX_CANDIDATES", 1000)
     candidates = lane.candidates(arrival, random.Random(1))
+    arrival.unlike = candidates.unlike
     rng = random.Random(1)
     choice = choose(arrival, candidates, dispatcher._fleet.index, dispatcher._fleet.table, rng, fleet.now)
     parts = {name: (cached, scores) for name, cached, scores in choice.scored.rows()}

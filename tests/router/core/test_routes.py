@@ -1,7 +1,7 @@
 """Which policy takes a request and which workers may get it, as tables."""
 
 import pytest
-from routing_fleet import Fleet, config, cost, policy, pool, request
+from routing_fleet import COST, Fleet, config, cost, policy, pool, request
 
 from kvfleet_api.fleetconfig import WeightedPool
 from kvfleet_router.core.dispatcher import Refusal, Ticket, WorkerEndpoint
@@ -182,3 +182,12 @@ def test_an_idle_worker_that_gets_nothing_is_no_comfort_to_the_autoscaler():
     spared = fleet.dispatcher.predicted_ttft_s("pool", 0.0)
     drain(fleet)
     assert fleet.dispatcher.predicted_ttft_s("pool", 0.0) < spared / 2
+
+
+@pytest.mark.parametrize("pools", [("fast", "slow"), ("slow", "fast")])
+def test_a_long_prompt_is_due_by_the_fastest_pool_in_whatever_order_they_are_named(pools):
+    slow = cost(prefill_s_per_token=3 * COST.prefill_s_per_token)
+    fleet = Fleet(config(policy(pools=pools, ttft_slo_s=0.5), pools=[pool("fast", 1), pool("slow", 1, cost=slow)]))
+    arrival = fleet.sent(request(50_000)).arrival
+    unloaded = COST.prefill_s(50_000, 50_000) + COST.step_s
+    assert arrival.deadline == pytest.approx(arrival.arrived_at + 3 * unloaded)

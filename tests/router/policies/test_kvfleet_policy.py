@@ -6,7 +6,7 @@ import pytest
 from routing_fleet import COST, Fleet, config, cost, policy, pool, request
 
 from kvfleet_router.core.columns import YOUNG
-from kvfleet_router.core.dispatcher import Held
+from kvfleet_router.core.dispatcher import Held, WorkerEndpoint
 from kvfleet_router.policies.kvfleet import (
     GOODPUT,
     GUARD,
@@ -14,7 +14,9 @@ from kvfleet_router.policies.kvfleet import (
     LATENCY,
     LEAST_BUSY,
     PRICE_FADES,
+    UNLIKE,
     KVFleet,
+    KVFleetLatency,
 )
 
 PARTS = KVFleet.parts
@@ -206,13 +208,59 @@ def test_a_deadline_out_of_reach_costs_no_more():
     ],
 )
 def test_energy_steps_back_as_load_rises(load, price, weights):
-    chosen, paid = KVFleet(policy(energy_mode="Prefer", energy_s_per_joule=0.0005))._weights(load)
+    _, arrival = parts_of(one_worker(), request(1000), load=load)
+    chosen, paid = KVFleet(policy(energy_mode="Prefer", energy_s_per_joule=0.0005))._weights(arrival)
     assert paid == pytest.approx(price * 0.0005)
     if weights:
         assert chosen == weights
     else:
         assert GOODPUT.itl_slo_s < chosen.itl_slo_s < GUARD.itl_slo_s
         assert GUARD.itl_margin < chosen.itl_margin < GOODPUT.itl_margin
+
+
+@pytest.mark.parametrize(("slowest", "unlike"), [(1.0, 0.0), (1.25, 0.25), (3.0, 1.0)])
+def test_the_slo_weighs_more_as_far_as_accelerators_differ(slowest, unlike):
+    slow = cost(prefill_s_per_token=slowest * COST.prefill_s_per_token)
+    fleet = Fleet(config(policy(pools=("fast", "slow")), pools=[pool("fast", 1), pool("slow", 1, cost=slow)]))
+    arrival = fleet.sent(request(1000)).arrival
+    assert arrival.unlike == pytest.approx(unlike)
+    weights, price = KVFleet(policy())._weights(arrival)
+    assert price == 0.0
+    assert weights.itl_slo_s == pytest.approx((1 - unlike) * GOODPUT.itl_slo_s + unlike * UNLIKE.itl_slo_s)
+    if not unlike:
+        assert weights == GOODPUT
+    assert KVFleetLatency(policy())._weights(arrival) == (LATENCY, 0.0)
+
+
+def test_only_workers_that_may_be_chosen_tell_how_accelerators_differ():
+    slow = cost(prefill_s_per_token=3 * COST.prefill_s_per_token)
+    pools = [pool("fast", 2), pool("slow", 1, cost=slow)]
+    fleet = Fleet(config(policy(pools=("fast", "slow")), pools=pools))
+    fleet.dispatcher.set_endpoints("slow", [])
+    assert fleet.sent(request(1000)).arrival.unlike == 0.0
+
+
+def test_a_long_prompt_leaves_the_fast_accelerator_to_answers_that_it_would_ruin():
+    """There it would come sooner, but answers have just begun; the slow one has time."""
+    slow = cost(prefill_s_per_token=2.5 * COST.prefill_s_per_token)
+    fleet = Fleet(config(policy(pools=("fast", "slow")), pools=[pool("fast", 1), pool("slow", 1, cost=slow)]))
+    fleet.dispatcher.set_endpoints("slow", [])
+    for n in range(5):
+        ticket = fleet.sent(request(100, prefix=n))
+        fleet.now += 0.01
+        fleet.dispatcher.first_token(ticket)
+    fleet.dispatcher.set_endpoints("slow", [WorkerEndpoint("slow-0", "http://127.0.0.1:9000")])
+    _, arrival = parts_of(fleet, request(12_000, prefix="long"))
+
+    def least(unlike):
+        arrival.unlike = unlike
+        costs = {
+            worker.name: sum(arrival.lane.policy.score(arrival, worker, 0.0, fleet.now))
+            for worker in fleet.dispatcher.workers()
+        }
+        return min(costs, key=costs.__getitem__)
+
+    assert (least(0.0), least(1.0)) == ("fast-0", "slow-0")
 
 
 def test_energy_is_priced_by_marginal_joules():
