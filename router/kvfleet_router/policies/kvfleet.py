@@ -265,7 +265,8 @@ class KVFleet(Policy):
 class KVFleetLatency(KVFleet):
     """The same with the LAT constants."""
 
-    latency = unlike = LATENCY
+    latency = LATENCY
+    unlike = LATENCY
 
 
 def _left(load: float, fades: tuple[float, float]) -> float:
