@@ -1,7 +1,8 @@
 """Requests held at the router, in the order they are to be decided again.
 
-Per lane (policy and model), sorted by: priority; then those that can still meet their deadline, earliest deadline first;
-then the hopeless ones, first come first served. Bounded per policy. When a policy's queue is full, a newcomer takes the
+Per lane (policy and model), sorted by: priority; then those that have waited for half of the time they may, first come first
+served; then those that can still meet their deadline, earliest deadline first; then the hopeless ones, first come first served: they
+wait longest, but nobody is passed over until there is no time left. Bounded per policy. When a policy's queue is full, a newcomer takes the
 place of a less urgent request, or else of the newest one of the tenant that holds the most places, if that is more than
 the newcomer's tenant would hold: so one tenant cannot keep the others out.
 """
@@ -15,6 +16,8 @@ from heapq import heapify, heappop, heappush
 from kvfleet_router.core.routes import Lane
 from kvfleet_router.core.ticket import Held
 
+LONG_WAITING, HOPEFUL, HOPELESS = -1, 0, 1
+"""Within a priority."""
 Entry = tuple[tuple[int, int, float, int], Held]
 """Never compared beyond the order: its last number is unique."""
 
@@ -64,9 +67,9 @@ class HoldQueue:
             leaver = None
         self._sequence += 1
         arrival = held.arrival
-        held.order = (arrival.parsed.priority, 0, arrival.deadline, self._sequence)
+        held.order = (arrival.parsed.priority, HOPEFUL, arrival.deadline, self._sequence)
         self._insert(held)
-        heappush(self._expiries, (held.expires_at, self._sequence, held))
+        heappush(self._expiries, ((held.held_since + held.expires_at) / 2, self._sequence, held))
         self._depths[policy.name] += 1
         self._tenants.setdefault(policy.name, Counter())[arrival.parsed.tenant] += 1
         return leaver
@@ -87,21 +90,30 @@ class HoldQueue:
 
     def give_up_hope(self, held: Held) -> None:
         """Its deadline cannot be met any more: behind those whose can."""
-        if held.order[1] == 0:
-            self._take_out(held)
-            held.order = (held.order[0], 1, held.arrival.arrived_at, held.order[3])
-            self._insert(held)
+        if held.order[1] == HOPEFUL:
+            self._move(held, HOPELESS)
 
     def expired(self, now: float) -> list[Held]:
-        """Those whose time in the queue is over; they are still to be removed."""
+        """Those whose time in the queue is over; they are still to be removed. Those who have half of it left come first from now on."""
         over = []
         while self._expiries and (self._expiries[0][0] <= now or not self._expiries[0][2].waiting):
-            held = heappop(self._expiries)[2]
-            if held.waiting:
+            _, number, held = heappop(self._expiries)
+            if not held.waiting:
+                continue
+            if held.expires_at <= now:
                 over.append(held)
+            else:
+                self._move(held, LONG_WAITING)
+                heappush(self._expiries, (held.expires_at, number, held))
         return over
 
+    def _move(self, held: Held, standing: int) -> None:
+        self._take_out(held)
+        held.order = (held.order[0], standing, held.arrival.arrived_at, held.order[3])
+        self._insert(held)
+
     def next_expiry(self) -> float | None:
+        """When `expired` has something to do."""
         while self._expiries and not self._expiries[0][2].waiting:
             heappop(self._expiries)
         return self._expiries[0][0] if self._expiries else None

@@ -279,6 +279,30 @@ def test_hopeless_requests_wait_behind_those_that_can_still_make_it():
     assert fleet.called_back[0].request_id == fresh.arrival.request_id
 
 
+def test_nobody_is_passed_over_until_there_is_no_time_left():
+    """Under a load that always has somebody fresh, the hopeless would wait until they are refused."""
+    fleet = Fleet(workers=1, admission={**BUSY, "queue_timeout_seconds": 20}, ttft_slo_s=1.0)
+    running = fleet.sent()
+    late = fleet.held(priority=1)
+    later = fleet.held(priority=1)
+    for _ in range(9):
+        fleet.now += 1.0
+        fresh = fleet.held(priority=1)
+        fleet.answer(running)
+        running = fleet.called_back.pop()
+        assert running.request_id == fresh.arrival.request_id
+    fleet.now += 1.5
+    assert fleet.dispatcher.tick() is not None
+    urgent = fleet.held(priority=0)
+    fleet.held(priority=1)
+    order = []
+    for _ in range(3):
+        fleet.answer(running)
+        running = fleet.called_back.pop()
+        order.append(running.request_id)
+    assert order == [held.arrival.request_id for held in (urgent, late, later)]
+
+
 def test_a_request_for_a_pool_at_zero_waits_for_its_first_worker():
     fleet = Fleet(config(pools=[pool(workers=0, scales_to_zero=True)]))
     held = fleet.held()
