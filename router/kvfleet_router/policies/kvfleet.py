@@ -95,6 +95,8 @@ GOODPUT = Weights(
 UNLIKE = replace(GOODPUT, own_prefill=0.5, itl_slo_s=3.0, stall_s=6.0)
 """GP where accelerators differ: the fast ones are worth seconds to a long prompt, and with the prices above would get all of them,
 beyond the SLO, while the slow ones have time."""
+UNLIKE_LATENCY = replace(LATENCY, own_prefill=0.0, prefill_harm=0.005, itl_slo_s=0.3, stall_s=3.0)
+"""LAT where accelerators differ: the mean, too, is worse where all long prompts gather on the fast ones."""
 GUARD = replace(
     GOODPUT, own_prefill=0.5, decode_harm=0.01, itl_slo_s=1.0, ttft_slo_s=1.0, itl_margin=0.6, ttft_margin=0.6
 )
@@ -266,7 +268,7 @@ class KVFleetLatency(KVFleet):
     """The same with the LAT constants."""
 
     latency = LATENCY
-    unlike = LATENCY
+    unlike = UNLIKE_LATENCY
 
 
 def _left(load: float, fades: tuple[float, float]) -> float:

@@ -15,6 +15,7 @@ from kvfleet_router.policies.kvfleet import (
     LEAST_BUSY,
     PRICE_FADES,
     UNLIKE,
+    UNLIKE_LATENCY,
     KVFleet,
     KVFleetLatency,
 )
@@ -229,7 +230,10 @@ def test_the_slo_weighs_more_as_far_as_accelerators_differ(slowest, unlike):
     assert weights.itl_slo_s == pytest.approx((1 - unlike) * GOODPUT.itl_slo_s + unlike * UNLIKE.itl_slo_s)
     if not unlike:
         assert weights == GOODPUT
-    assert KVFleetLatency(policy())._weights(arrival) == (LATENCY, 0.0)
+    latency, _ = KVFleetLatency(policy())._weights(arrival)
+    assert latency.stall_s == pytest.approx(unlike * UNLIKE_LATENCY.stall_s)
+    if not unlike:
+        assert latency == LATENCY
 
 
 def test_only_workers_that_may_be_chosen_tell_how_accelerators_differ():
