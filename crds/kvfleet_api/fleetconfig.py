@@ -113,7 +113,7 @@ class PolicyConfig(Schema):
     ttft_slo_s: float = 1.0
     itl_slo_s: float = 0.05
     energy_mode: Literal["Off", "Prefer", "Strict"] = "Off"
-    energy_s_per_joule: float = 0.001
+    energy_s_per_joule: float = 0.0005
     max_watts: float | None = None
     defer: DeferSpec | None = None
     prefix: PrefixSpec = Field(default_factory=PrefixSpec)

@@ -80,7 +80,7 @@ class DeferSpec(Schema):
 class EnergySpec(Schema):
     mode: Literal["Off", "Prefer", "Strict"] = "Off"
     """`Off`: latency alone. `Prefer`: fewest joules among the workers that meet the SLO. `Strict`: also refuse what exceeds maxWatts."""
-    microseconds_per_joule: Annotated[int, Field(ge=0, le=1_000_000)] = 1000
+    microseconds_per_joule: Annotated[int, Field(ge=0, le=1_000_000)] = 500
     """Price of a joule in microseconds of latency (mode Prefer and Strict)."""
     max_watts: Annotated[int, Field(ge=1, le=100_000_000, examples=[20000])] | None = None
     """Power budget of the policy's pools (mode Strict). ModelPools and the FleetRouter have budgets of their own, for every mode."""

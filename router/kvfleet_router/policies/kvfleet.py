@@ -27,7 +27,8 @@ stalls cost in spare time is safe, and one that cannot become so is lost already
 elsewhere.
 
 Where candidates' accelerators differ, the SLO's prices are higher (UNLIKE): to a long prompt a fast accelerator is worth seconds, more than
-an objective would cost, and the fast ones would get all of them while the slow ones have time.
+an objective would cost, and the fast ones would get all of them while the slow ones have time. For the same reason a joule costs up to
+twice as much there.
 
 With energy, an objective comes first: what a worker would save by sharing its steps does not count as far as it would break one (B),
 however much a model's requests take. The SLO weighs more and its margin is earlier (the guard), and joules have a price: load gathers on few
@@ -92,7 +93,7 @@ GOODPUT = Weights(
     stall_s=3.0,
 )
 """GP: most requests inside their SLO; the default."""
-UNLIKE = replace(GOODPUT, own_prefill=0.5, itl_slo_s=3.0, stall_s=6.0)
+UNLIKE = replace(GOODPUT, own_prefill=0.0, itl_slo_s=3.0, stall_s=6.0)
 """GP where accelerators differ: the fast ones are worth seconds to a long prompt, and with the prices above would get all of them,
 beyond the SLO, while the slow ones have time."""
 UNLIKE_LATENCY = replace(LATENCY, own_prefill=0.0, prefill_harm=0.005, itl_slo_s=0.3, stall_s=3.0)
@@ -151,7 +152,8 @@ class KVFleet(Policy):
         if not price:
             return fading[0], 0.0
         guard = _left(arrival.load, GUARD_FADES)
-        return fading[round(guard * FADING_STEPS)], price * self.config.energy_s_per_joule
+        price *= (1.0 + arrival.unlike) * self.config.energy_s_per_joule
+        return fading[round(guard * FADING_STEPS)], price
 
     def _fading(self, unlike: float) -> list[Weights]:
         """From those without the guard to the guard's, in FADING_STEPS."""

@@ -236,6 +236,14 @@ def test_the_slo_weighs_more_as_far_as_accelerators_differ(slowest, unlike):
         assert latency == LATENCY
 
 
+def test_a_joule_costs_twice_as_much_where_accelerators_differ_wholly():
+    _, arrival = parts_of(one_worker(), request(1000))
+    prices = KVFleet(policy(energy_mode="Prefer", energy_s_per_joule=0.0005))
+    assert prices._weights(arrival)[1] == pytest.approx(0.0005)
+    arrival.unlike = 1.0
+    assert prices._weights(arrival)[1] == pytest.approx(0.001)
+
+
 def test_only_workers_that_may_be_chosen_tell_how_accelerators_differ():
     slow = cost(prefill_s_per_token=3 * COST.prefill_s_per_token)
     pools = [pool("fast", 2), pool("slow", 1, cost=slow)]
