@@ -1,8 +1,9 @@
 """Requests held at the router, in the order they are to be decided again.
 
-Per lane (policy and model), sorted by: priority; then those that have waited for half of the time they may, first come first
-served; then those that can still meet their deadline, earliest deadline first; then the hopeless ones, first come first served: they
-wait longest, but nobody is passed over until there is no time left. Bounded per policy. When a policy's queue is full, a newcomer takes the
+Per lane (policy and model), sorted by: priority; then those that can still meet their deadline, earliest deadline first;
+then the hopeless ones, first come first served. So that these are not passed over until there is no time left, every eighth turn goes to
+whoever has waited for half of the time it may, first come first served. More of them would, under a load that is too much, make
+everybody late. Bounded per policy. When a policy's queue is full, a newcomer takes the
 place of a less urgent request, or else of the newest one of the tenant that holds the most places, if that is more than
 the newcomer's tenant would hold: so one tenant cannot keep the others out.
 """
@@ -10,14 +11,16 @@ the newcomer's tenant would hold: so one tenant cannot keep the others out.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections import Counter
+from collections import Counter, deque
 from heapq import heapify, heappop, heappush
 
 from kvfleet_router.core.routes import Lane
 from kvfleet_router.core.ticket import Held
 
-LONG_WAITING, HOPEFUL, HOPELESS = -1, 0, 1
+HOPEFUL, HOPELESS = 0, 1
 """Within a priority."""
+TURNS_OF_OTHERS = 7
+"""Between two of those that have waited long."""
 Entry = tuple[tuple[int, int, float, int], Held]
 """Never compared beyond the order: its last number is unique."""
 
@@ -28,6 +31,9 @@ class HoldQueue:
         self._depths: Counter[str] = Counter()
         self._tenants: dict[str, Counter[str]] = {}
         self._expiries: list[tuple[float, int, Held]] = []
+        self._long_waiting: dict[Lane, deque[Held]] = {}
+        self._turns: Counter[Lane] = Counter()
+        """By lane: of others, since one that has waited long had its turn."""
         self._sequence = 0
 
     def __len__(self) -> int:
@@ -46,12 +52,37 @@ class HoldQueue:
         return len(self._lanes.get(lane, ()))
 
     def first(self, lane: Lane, count: int) -> list[Held]:
-        return [held for _, held in self._lanes.get(lane, [])[:count]]
+        """Those to be decided next."""
+        found = [held for _, held in self._lanes.get(lane, [])[:count]]
+        longest = self._longest_waiting(lane) if self._turns[lane] >= TURNS_OF_OTHERS else None
+        if longest is not None and found[0].order[0] == longest.order[0]:
+            found = [longest, *(held for held in found if held is not longest)][:count]
+        return found
+
+    def had_its_turn(self, held: Held) -> None:
+        """It goes to a worker."""
+        lane = held.arrival.lane
+        if held is self._longest_waiting(lane):
+            self._turns[lane] = 0
+        else:
+            self._turns[lane] += 1
+        self.remove(held)
+
+    def _longest_waiting(self, lane: Lane) -> Held | None:
+        """Of those that have waited for half of the time they may."""
+        waiting = self._long_waiting.get(lane)
+        while waiting:
+            if waiting[0].waiting:
+                return waiting[0]
+            waiting.popleft()
+        self._long_waiting.pop(lane, None)
+        return None
 
     def drain(self) -> list[Held]:
         """Take everybody out, most urgent first."""
         entries = sorted(entry for entries in self._lanes.values() for entry in entries)
-        self._lanes, self._tenants, self._expiries = {}, {}, []
+        self._lanes, self._tenants, self._expiries, self._long_waiting = {}, {}, [], {}
+        self._turns.clear()
         self._depths.clear()
         return [held for _, held in entries]
 
@@ -91,10 +122,12 @@ class HoldQueue:
     def give_up_hope(self, held: Held) -> None:
         """Its deadline cannot be met any more: behind those whose can."""
         if held.order[1] == HOPEFUL:
-            self._move(held, HOPELESS)
+            self._take_out(held)
+            held.order = (held.order[0], HOPELESS, held.arrival.arrived_at, held.order[3])
+            self._insert(held)
 
     def expired(self, now: float) -> list[Held]:
-        """Those whose time in the queue is over; they are still to be removed. Those who have half of it left come first from now on."""
+        """Those whose time in the queue is over; they are still to be removed."""
         over = []
         while self._expiries and (self._expiries[0][0] <= now or not self._expiries[0][2].waiting):
             _, number, held = heappop(self._expiries)
@@ -103,14 +136,9 @@ class HoldQueue:
             if held.expires_at <= now:
                 over.append(held)
             else:
-                self._move(held, LONG_WAITING)
+                self._long_waiting.setdefault(held.arrival.lane, deque()).append(held)
                 heappush(self._expiries, (held.expires_at, number, held))
         return over
-
-    def _move(self, held: Held, standing: int) -> None:
-        self._take_out(held)
-        held.order = (held.order[0], standing, held.arrival.arrived_at, held.order[3])
-        self._insert(held)
 
     def next_expiry(self) -> float | None:
         """When `expired` has something to do."""

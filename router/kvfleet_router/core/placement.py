@@ -408,7 +408,7 @@ class Placement:
                 held.own_s = result.own_s
                 backlogged = backlogged or not (result is NO_ROOM or result.short)
                 continue
-            self.queue.remove(held)
+            self.queue.had_its_turn(held)
             decided.append((held, result))
             if not self._has_room(lane, now):
                 break

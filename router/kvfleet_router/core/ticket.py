@@ -275,7 +275,7 @@ class Held:
         self.kept_bytes = 0
         """Of its body, while it is deferred."""
         self.order: tuple[int, int, float, int] = (0, 0, 0.0, 0)
-        """Its place in the queue: priority, standing (holdqueue.py), deadline or arrival, sequence number."""
+        """Its place in the queue: priority, hopeless, deadline or arrival, sequence number."""
         self.own_s = own_s
         """Its own prefill time as of the last decision."""
         self.waiting = True

@@ -279,28 +279,45 @@ def test_hopeless_requests_wait_behind_those_that_can_still_make_it():
     assert fleet.called_back[0].request_id == fresh.arrival.request_id
 
 
-def test_nobody_is_passed_over_until_there_is_no_time_left():
+def test_nobody_is_passed_over_until_there_is_no_time_left_and_few_at_a_time():
     """Under a load that always has somebody fresh, the hopeless would wait until they are refused."""
-    fleet = Fleet(workers=1, admission={**BUSY, "queue_timeout_seconds": 20}, ttft_slo_s=1.0)
+    fleet = Fleet(workers=1, admission={**BUSY, "queue_timeout_seconds": 40}, ttft_slo_s=1.0)
     running = fleet.sent()
-    late = fleet.held(priority=1)
-    later = fleet.held(priority=1)
-    for _ in range(9):
-        fleet.now += 1.0
-        fresh = fleet.held(priority=1)
+    late, later = fleet.held(), fleet.held()
+    names = {late.arrival.request_id: "late", later.arrival.request_id: "later"}
+
+    def turn():
+        """Somebody comes, the running one ends: who is next?"""
+        nonlocal running
+        fleet.held()
         fleet.answer(running)
         running = fleet.called_back.pop()
-        assert running.request_id == fresh.arrival.request_id
-    fleet.now += 1.5
+        return names.get(running.request_id, "fresh")
+
+    fleet.now += 5.0  # late they are, from now on
+    while fleet.now < late.held_since + 19.0:
+        assert turn() == "fresh"
+    fleet.now = late.held_since + 20.0
     assert fleet.dispatcher.tick() is not None
-    urgent = fleet.held(priority=0)
+    assert [turn() for _ in range(9)] == ["late", *["fresh"] * 7, "later"]
+    fleet.now += 100.0
+    fleet.dispatcher.tick()
+    fleet.called_back.clear()
+    fleet.answer(running)
+    fleet.assert_idle()
+
+
+def test_urgent_requests_come_before_those_that_have_waited_long():
+    fleet = Fleet(workers=1, admission={**BUSY, "queue_timeout_seconds": 40})
+    running = fleet.sent()
     fleet.held(priority=1)
-    order = []
-    for _ in range(3):
-        fleet.answer(running)
+    fleet.now += 25.0
+    fleet.dispatcher.tick()
+    urgent = [fleet.held(priority=0) for _ in range(9)]
+    for held in urgent:
+        fleet.answer(running, seconds=0.1)
         running = fleet.called_back.pop()
-        order.append(running.request_id)
-    assert order == [held.arrival.request_id for held in (urgent, late, later)]
+        assert running.request_id == held.arrival.request_id
 
 
 def test_a_request_for_a_pool_at_zero_waits_for_its_first_worker():
