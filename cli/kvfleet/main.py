@@ -304,6 +304,9 @@ def simulate(
     loads = load if load or capacity else [0.6, 0.8]
     policies = list(dict.fromkeys(policy or ["least_request", "lmetric", "kvfleet"]))
     manifests = load_manifests(filename)
+    scaling = {pool.metadata.name: pool.spec.autoscaling for pool in manifests.pools if pool.spec.autoscaling}
+    if autoscale and workers is None and scaling:
+        workers = max(spec.max_replicas for spec in scaling.values())
     try:
         config, model = command.fleet_of(compile_fleet_config(manifests), manifests, model, workers)
         for name in policies:
@@ -333,6 +336,7 @@ def simulate(
                 jobs=jobs,
                 console=console,
                 json=json,
+                specs=scaling,
             )
             return
         if park_seconds is not None:

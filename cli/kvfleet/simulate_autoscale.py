@@ -2,7 +2,8 @@
 
     fixed          all workers, all the time; `kvfleet` places
     hpa-N          HorizontalPodAutoscaler's rules on N requests in flight a worker; `least_request` places, as a Service does
-    kvfleet        the operator's rules on the router's pack target and predicted TTFT, with its forecast
+    kvfleet        the operator's rules on the router's pack target and predicted TTFT, with its forecast; on what the ModelPool's
+                   `spec.autoscaling` says, where it has one (but for bounds by the clock and pools at zero)
     kvfleet:energy the same, with energy mode Prefer
 
 Who decides about workers is the operator's own pure code, every 15 s of virtual time, from what routers would publish; the
@@ -15,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import orjson
 from rich.box import SIMPLE
@@ -22,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvfleet.simulate import Experiment, Result, Task, no_phases, run_tasks
-from kvfleet_api.modelpool import AutoscalingSpec, ConcurrencySignal
+from kvfleet_api.modelpool import AutoscalingSpec, ConcurrencySignal, ScalingSignal, TTFTSignal
 from kvfleet_operator.autoscale.autoscaler import Autoscaler, PoolStep
 from kvfleet_operator.autoscale.decide import Workers
 from kvfleet_operator.autoscale.readings import Quality, Reading
@@ -31,9 +33,10 @@ from kvfleet_sim.saturation import saturation_rps
 from kvfleet_sim.workload import GENERATED_REQUESTS, MAX_REQUESTS, RateLoad
 
 TICK_S = 15.0
-PACK_SHARE = ConcurrencySignal().target_percent_of_pack_target / 100
-TTFT_SHARE = 0.7
-"""The default of `timeToFirstToken.targetPercentOfSLO`."""
+DEFAULT_SIGNALS = (
+    ScalingSignal(concurrency=ConcurrencySignal()),
+    ScalingSignal(time_to_first_token=TTFTSignal()),
+)
 
 
 class Scaler:
@@ -41,10 +44,20 @@ class Scaler:
 
     period_s = TICK_S
 
-    def __init__(self, total: int, *, ttft_slo_s: float, target: float | None, startup_s: float) -> None:
-        """`target`: requests in flight a worker, alone, as HPA has it; none: pack target, predicted TTFT and forecast."""
+    def __init__(
+        self,
+        total: int,
+        *,
+        ttft_slo_s: float,
+        target: float | None,
+        startup_s: float,
+        specs: Mapping[str, AutoscalingSpec] = MappingProxyType({}),
+    ) -> None:
+        """`target`: requests in flight a worker, alone, as HPA has it; none: by the pool's spec, or by default pack target, predicted
+        TTFT and forecast."""
         forecast = {"mode": "Raise" if target is None else "Off"}
-        self._spec = AutoscalingSpec.model_validate({"minReplicas": 1, "maxReplicas": total, "forecast": forecast})
+        self._default = AutoscalingSpec.model_validate({"minReplicas": 1, "maxReplicas": total, "forecast": forecast})
+        self._specs = specs if target is None else {}
         self._ttft_slo_s, self._target, self._startup_s = ttft_slo_s, target, startup_s
         self._autoscaler = Autoscaler()
         self._leaving: dict[str, int] = {}
@@ -57,21 +70,34 @@ class Scaler:
             self._leaving = {pool.name: results[pool.name].decision.leaving for pool in pools}
         return {pool.name: min(wanted[pool.name], pool.total) for pool in pools}
 
+    def _reading(self, signal: ScalingSignal, pool: PoolView, pools: int) -> Reading:
+        """What routers would publish for it."""
+        held = pool.held / pools
+        if signal.time_to_first_token is not None:
+            ttft_s = pool.predicted_ttft_s if pool.in_flight + held else 0.0
+            target_s = signal.time_to_first_token.target_percent_of_slo / 100 * self._ttft_slo_s
+            return _fresh("timeToFirstToken", "Value", ttft_s, target_s)
+        if signal.queue_depth is not None:
+            return _fresh("queueDepth", "AverageValue", held, signal.queue_depth.target_per_replica)
+        concurrency = signal.concurrency or ConcurrencySignal()
+        if concurrency.target_per_replica is not None:
+            return _fresh("concurrency", "AverageValue", pool.in_flight + held, concurrency.target_per_replica)
+        share = concurrency.target_percent_of_pack_target / 100
+        return _fresh("concurrency", "AverageValue", pool.packed + held, share * pool.pack_target)
+
     def leaving(self) -> Mapping[str, int]:
         return self._leaving
 
     def _step(self, pool: PoolView, pools: int) -> PoolStep:
+        spec = self._specs.get(pool.name, self._default)
         busy = pool.in_flight + pool.held / pools
         if self._target is not None:
             readings = [_fresh("concurrency", "AverageValue", busy, self._target)]
         else:
-            packed = pool.packed + pool.held / pools
-            readings = [_fresh("concurrency", "AverageValue", packed, PACK_SHARE * pool.pack_target)]
-            ttft_s = pool.predicted_ttft_s if busy else 0.0
-            readings.append(_fresh("timeToFirstToken", "Value", ttft_s, TTFT_SHARE * self._ttft_slo_s))
+            readings = [self._reading(signal, pool, pools) for signal in spec.signals or DEFAULT_SIGNALS]
         return PoolStep(
             pool.name,
-            self._spec,
+            spec,
             Workers(pool.wanted, pool.ready),
             readings,
             _fresh("busy", "Value", busy, 1.0),
@@ -80,13 +106,38 @@ class Scaler:
         )
 
 
+def simulated(specs: Mapping[str, AutoscalingSpec], total: int) -> dict[str, AutoscalingSpec]:
+    """As they can be followed with `total` workers: there is no clock of days here, and nobody who would wake a pool at zero. Raises
+    ValueError for signals that are not simulated."""
+    for name, spec in specs.items():
+        for index, signal in enumerate(spec.signals):
+            if signal.kv_usage is not None or signal.prometheus is not None:
+                raise ValueError(
+                    f"ModelPool {name}: spec.autoscaling.signals[{index}]: kvUsage and prometheus are not simulated: take the entry "
+                    "out, or use concurrency, queueDepth or timeToFirstToken"
+                )
+    return {
+        name: spec.model_copy(
+            update={
+                "min_replicas": min(max(spec.min_replicas, 1), total),
+                "max_replicas": min(spec.max_replicas, total),
+                "scale_to_zero": None,
+                "schedule": [],
+            }
+        )
+        for name, spec in specs.items()
+    }
+
+
 def _fresh(name: str, kind: str, value: float, target: float) -> Reading:
     return Reading(name, "AverageValue" if kind == "AverageValue" else "Value", Quality.FRESH, value, target)
 
 
-def elastic(total: int, ttft_slo_s: float, target: float | None, startup_s: float) -> Elastic:
+def elastic(
+    total: int, ttft_slo_s: float, specs: Mapping[str, AutoscalingSpec], target: float | None, startup_s: float
+) -> Elastic:
     return Elastic(
-        Scaler(total, ttft_slo_s=ttft_slo_s, target=target, startup_s=startup_s),
+        Scaler(total, ttft_slo_s=ttft_slo_s, target=target, startup_s=startup_s, specs=specs),
         startup_s=startup_s,
     )
 
@@ -111,9 +162,11 @@ def command(
     jobs: int,
     console: Console,
     json: Path | None,
+    specs: Mapping[str, AutoscalingSpec],
 ) -> None:
-    """The whole command. `load`: mean share of the whole fleet's saturation rate; `answer_tokens`: median of an answer. Raises ValueError for what cannot be."""
+    """The whole command. `specs`: `spec.autoscaling` by pool. `load`: mean share of the whole fleet's saturation rate; `answer_tokens`: median of an answer. Raises ValueError for what cannot be."""
     no_phases(experiment)
+    specs = simulated(specs, max(len(pool.endpoints) for pool in experiment.config.pools))
     rates = experiment.load
     if not isinstance(rates, RateLoad):
         raise ValueError(f"--autoscale needs a trace of rates (ServeGen's client rates); {trace} has none")
@@ -133,6 +186,7 @@ def command(
         startup_s=startup_s,
         jobs=jobs,
         console=Console(stderr=True),
+        specs=specs,
     )
     print_rows(rows, experiment.worker_count, console)
     if json is not None:
@@ -147,10 +201,11 @@ def run(
     startup_s: float,
     jobs: int,
     console: Console,
+    specs: Mapping[str, AutoscalingSpec],
 ) -> list[Row]:
     """Every variant over the same requests."""
     total = max(len(pool.endpoints) for pool in experiment.config.pools)
-    scaled = partial(elastic, total, experiment.slo.ttft_s)
+    scaled = partial(elastic, total, experiment.slo.ttft_s, specs)
     variants = {
         "fixed": ("kvfleet", None),
         **{f"hpa-{target}": ("least_request", partial(scaled, float(target), startup_s)) for target in hpa_targets},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import orjson
@@ -11,7 +12,8 @@ from typer.testing import CliRunner
 
 from kvfleet.inputs import UsageError
 from kvfleet.main import app
-from kvfleet.simulate_autoscale import Scaler
+from kvfleet.simulate_autoscale import Scaler, simulated
+from kvfleet_api.modelpool import AutoscalingSpec
 from kvfleet_sim.elastic import PoolView
 from kvfleet_sim.workload import open_load
 
@@ -36,6 +38,46 @@ def test_a_slow_first_token_adds_workers_that_concurrency_would_not():
     assert scaler.wanted([view(in_flight=20, predicted_ttft_s=1.2)], 0.0) == {"a": 7}
     hpa = Scaler(8, ttft_slo_s=1.0, target=20.0, startup_s=60.0)
     assert hpa.wanted([view(in_flight=80, packed=110, predicted_ttft_s=1.2)], 0.0) == {"a": 4}
+
+
+def spec(**fields: object) -> AutoscalingSpec:
+    return AutoscalingSpec.model_validate({"maxReplicas": 8, **fields})
+
+
+@pytest.mark.parametrize(
+    ("signal", "wanted"),
+    [
+        ({"concurrency": {"targetPercentOfPackTarget": 65}}, 8),
+        ({"concurrency": {"targetPerReplica": 18}}, 5),
+        ({"timeToFirstToken": {"targetPercentOfSlo": 100}}, 6),
+        ({"queueDepth": {"targetPerReplica": 2}}, 7),
+    ],
+)
+def test_a_pools_own_signals_size_it(signal, wanted):
+    now = view(in_flight=76, packed=100, held=14, predicted_ttft_s=1.5)
+    scaler = Scaler(8, ttft_slo_s=1.0, target=None, startup_s=60.0, specs={"a": spec(signals=[signal])})
+    assert scaler.wanted([now], 0.0) == {"a": wanted}
+    assert scaler.wanted([replace(now, name="b")], 0.0) == {"b": 8}, "another pool has its own"
+
+
+def test_what_cannot_be_simulated_is_refused_or_left_out():
+    given = spec(minReplicas=0, maxReplicas=20, scaleToZero={}, schedule=[
+        {"start": "0 8 * * *", "durationMinutes": 60, "minReplicas": 3}
+    ])  # fmt: skip
+    followed = simulated({"a": given}, 6)["a"]
+    assert (followed.min_replicas, followed.max_replicas) == (1, 6)
+    assert (followed.scale_to_zero, followed.schedule) == (None, [])
+    with pytest.raises(ValueError, match=r"ModelPool a: spec.autoscaling.signals\[1\]: kvUsage and prometheus are not"):
+        simulated({"a": spec(signals=[{"concurrency": {}}, {"kvUsage": {}}])}, 6)
+
+
+def test_the_command_follows_the_manifests(tmp_path):
+    manifest = (ROOT / "examples" / "bench8" / "fleet.yaml").read_text()
+    (tmp_path / "fleet.yaml").write_text(manifest.replace("  replicas: 8\n", "  autoscaling: {maxReplicas: 3}\n"))
+    arguments = ["simulate", "-f", str(tmp_path / "fleet.yaml"), "--trace", str(rates(tmp_path / "r-trace.csv"))]
+    arguments += ["--autoscale", "--hours=0.1", "--load=0.02", "--hpa-target=16"]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert "3 workers at most" in result.output
 
 
 def test_a_fleet_shrinks_after_its_window_only_and_never_to_nothing():
