@@ -2,8 +2,8 @@
 
     make peers && python bench/live_peers.py [--trace FILE] [--requests 300] [--load 0.8] [--workers 8] [--speed 0.5]
 
-The binaries of sglang-router and vllm-router run with each of their policies given below. Workers are started anew for each router: caches are cold, and what
-one leaves behind does not help the next. `--speed` below 1 stretches virtual time where the machine is small.
+The binaries of sglang-router and vllm-router run with each of their policies given below. Workers are started anew for each router:
+caches are cold, and what one leaves behind does not help the next. `--speed` below 1 stretches virtual time where the machine is small.
 """
 
 from __future__ import annotations

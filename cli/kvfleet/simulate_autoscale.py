@@ -24,19 +24,16 @@ from rich.console import Console
 from rich.table import Table
 
 from kvfleet.simulate import Experiment, Result, Task, no_phases, run_tasks
-from kvfleet_api.modelpool import AutoscalingSpec, ConcurrencySignal, ScalingSignal, TTFTSignal
+from kvfleet_api.modelpool import AutoscalingSpec, ConcurrencySignal, ScalingSignal
 from kvfleet_operator.autoscale.autoscaler import Autoscaler, PoolStep
 from kvfleet_operator.autoscale.decide import Workers
 from kvfleet_operator.autoscale.readings import Quality, Reading
+from kvfleet_operator.autoscale.signals import DEFAULT_SIGNALS
 from kvfleet_sim.elastic import Elastic, PoolView
 from kvfleet_sim.saturation import saturation_rps
 from kvfleet_sim.workload import GENERATED_REQUESTS, MAX_REQUESTS, RateLoad
 
 TICK_S = 15.0
-DEFAULT_SIGNALS = (
-    ScalingSignal(concurrency=ConcurrencySignal()),
-    ScalingSignal(time_to_first_token=TTFTSignal()),
-)
 
 
 class Scaler:

@@ -47,6 +47,11 @@ class CompiledFleet:
     def errors(self) -> list[Problem]:
         return [problem for problem in self.problems if problem.severity == "Error"]
 
+    def problems_of(self, resource: Resource) -> list[Problem]:
+        """Those of one object of the fleet's namespace."""
+        own = (resource.kind, resource.metadata.name)
+        return [problem for problem in self.problems if (problem.kind, problem.name) == own]
+
 
 def workers_service_name(pool: str) -> str:
     """Name of the headless Service whose EndpointSlices list the pool's workers; at most 63 characters."""

@@ -187,8 +187,7 @@ class Controller:
         return acceleratorprofile.status(profile, self._world.pools(), self._namespaces, self._stamp(), energies)
 
     def _problems(self, resource: Resource) -> list[Problem]:
-        fleet = self._world.fleet(resource.metadata.namespace or "default")
-        return [p for p in fleet.problems if (p.kind, p.name) == (resource.kind, resource.metadata.name)]
+        return self._world.fleet(resource.metadata.namespace or "default").problems_of(resource)
 
     def _invalid(self, live: Manifest, problems: list[FieldProblem]) -> dict[str, Any]:
         """An object the schema let through and the model does not: said once, never retried."""

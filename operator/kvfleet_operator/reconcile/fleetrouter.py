@@ -93,10 +93,7 @@ def _accepted(given: RouterInput, rejections: Sequence[Rejection]) -> Finding:
         return Finding("Accepted", "False", "InvalidPodTemplate", problem)
     if rejections:
         return Finding("Accepted", "False", rejections[0].reason, " ".join(r.message for r in rejections))
-    own = (given.router.kind, given.router.metadata.name)
-    return conditions.accepted(
-        [problem for problem in given.fleet.problems if (problem.kind, problem.name) == own], conditions.APPLIED
-    )
+    return conditions.accepted(given.fleet.problems_of(given.router), conditions.APPLIED)
 
 
 def _programmed(router: RouterView) -> Finding:
